@@ -1,0 +1,53 @@
+"""Torchkeep: a training system for PyTorch.
+
+Read it in this order: ``chance``, ``data.images``, ``data.loader``, ``train.device``, ``train.binding`` and
+``train.step`` are a sample's way from the disk to the gradient; ``train.recipe``, ``train.prepare``, ``train.loop``,
+``watch.records`` and ``keep.checkpoint`` are the run around it; ``api`` and ``cli`` are the verbs.
+
+Names are loaded when they are first used: ``import torchkeep`` itself imports neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import BestPoint, Run, evaluate, fit, inspect, open_run, predict, resume, runs, train
+    from .data.arrays import Arrays
+    from .data.foreign import Foreign
+    from .data.images import ImageFolder, ImageTable
+    from .data.loader import Loader
+    from .data.tables import Table
+    from .errors import Interrupted, PreemptedError, TorchkeepError
+    from .keep.checkpoint import Checkpoints
+    from .keep.stopping import EarlyStopping
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "BestPoint": "api", "Run": "api", "evaluate": "api", "fit": "api", "inspect": "api", "open_run": "api",
+    "predict": "api", "resume": "api", "runs": "api", "train": "api",
+    "Arrays": "data.arrays", "Foreign": "data.foreign", "ImageFolder": "data.images", "ImageTable": "data.images",
+    "Loader": "data.loader", "Table": "data.tables",
+    "Interrupted": "errors", "PreemptedError": "errors", "TorchkeepError": "errors",
+    "Checkpoints": "keep.checkpoint", "EarlyStopping": "keep.stopping",
+}  # fmt: skip
+
+__all__ = [
+    "Arrays", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "ImageFolder", "ImageTable", "Interrupted",
+    "Loader", "PreemptedError", "Run", "Table", "TorchkeepError", "evaluate", "fit", "inspect", "open_run", "predict",
+    "resume", "runs", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

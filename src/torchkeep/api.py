@@ -1,0 +1,617 @@
+"""The verbs: train, fit, resume, evaluate, predict, inspect. The command line calls these and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from .contracts import Json, Schema
+from .data.foreign import as_dataset
+from .data.sources import open_data, open_source
+from .errors import CheckpointError, Interrupted, PreemptedError, RunFolderError, SettingsError, TorchkeepError
+from .files import FolderLock
+from .folder import RunFolder, create_run_folder, list_runs, open_run_folder
+from .keep.checkpoint import Checkpoints, Saved
+from .model.build import build_model
+from .model.describe import ModuleRow, describe
+from .settings import check, difference, override
+from .share.predict import Prediction, predict_all
+from .tensors import tensor_sha256
+from .train.decisions import Decisions
+from .train.loop import Signals, Training, load_model
+from .train.prepare import Prepared, Work, describe_object, seed_generators, source_folder
+from .train.provenance import code_state, command, environment
+from .train.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
+from .usercode import CodeReference, check_trusted, load_function, read_reference
+from .watch.console import Console, format_number, format_seconds
+from .watch.records import Recorder, next_attempt, read_records
+from .watch.tensorboard import TensorBoardView
+
+Resume = Literal["no", "auto"]
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class BestPoint:
+    """The evaluation that picked the best checkpoint; without a validation split, the last one."""
+
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+
+
+class Run:
+    """A run that has ended, or that was opened from its folder."""
+
+    def __init__(self, folder: RunFolder, prepared: Prepared, recipe: Recipe | None, base: Path):
+        self._folder, self._prepared, self._recipe, self._base = folder, prepared, recipe, base
+
+    @property
+    def dir(self) -> Path:
+        """The run's folder."""
+        return self._folder.path
+
+    @property
+    def status(self) -> str:
+        """ "finished", "failed", "interrupted" or "killed"."""
+        return self._folder.status()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last epoch's metrics, and the test split's where there is one."""
+        ends = [row for row in read_records(self._folder.records) if row["kind"] == "run_end"]
+        return dict(ends[-1]["metrics"]) if ends else {}
+
+    @property
+    def best(self) -> BestPoint:
+        """Where the best checkpoint was met."""
+        saved = self._checkpoint("best")
+        clock = self._checkpoints().load_part(saved, "clock")
+        return BestPoint(saved.step, clock["epoch"], saved.metrics)
+
+    @property
+    def schema(self) -> Schema:
+        """The keys, shapes and classes of the data."""
+        return self._prepared.work.train.schema
+
+    def sha256(self, which: Literal["best", "last"] = "last") -> str:
+        """The identity of the parameters and buffers of a checkpoint."""
+        return tensor_sha256(self._checkpoints().model(self._checkpoint(which)))
+
+    def model(self, which: Literal["best", "last"] = "best") -> nn.Module:
+        """A copy of the model with a checkpoint's parameters (or their moving average), in eval mode."""
+        model = copy.deepcopy(self._prepared.work.model)
+        _put(model, self._checkpoints(), self._checkpoint(which))
+        return model.eval()
+
+    def evaluate(self, data: Any = None, *, which: Literal["best", "last"] = "best") -> dict[str, float]:
+        """Loss and metrics on any dataset, a path, or (without data) on the test split, else the validation split."""
+        split, dataset = self._split(data)
+        with self._using(which):
+            loader = self._prepared.evaluation_loader(dataset)
+            try:
+                return self._prepared.evaluation(loader, split)
+            finally:
+                loader.close()
+
+    def predict(self, inputs: Any, *, which: Literal["best", "last"] = "best") -> Iterator[Prediction]:
+        """A prediction for each input: files, folders, a table's path, a dataset, or a tensor (B, …)."""
+        with self._using(which):
+            settings = self._recipe.data if self._recipe else None
+            yield from predict_all(self._prepared, inputs, settings)
+
+    def _split(self, data: Any) -> tuple[str, Any]:
+        work = self._prepared.work
+        if data is None:
+            found = [(name, part) for name, part in [("test", work.test), ("valid", work.valid)] if part is not None]
+            if not found:
+                raise SettingsError(
+                    "this run has no test and no validation split", where="evaluate", fix="name the data"
+                )
+            return found[0]
+        if isinstance(data, str | Path):
+            if self._recipe is None:
+                raise SettingsError("a path needs a recipe to be read by", where=data, fix="give a dataset instead")
+            base = Path.cwd() if Path(data).exists() else self._base
+            return "test", open_source(self._recipe.data, str(data), base, like=work.train, train=False)
+        return "test", as_dataset(data)
+
+    @contextlib.contextmanager
+    def _using(self, which: Literal["best", "last"]) -> Iterator[None]:
+        """The prepared model with a checkpoint's parameters for a while."""
+        prepared = self._prepared
+        before = {name: value.clone() for name, value in prepared.work.model.state_dict().items()}
+        average, prepared.evaluation.average = (
+            prepared.evaluation.average,
+            None,
+        )  # the parameters put in are the average
+        _put(prepared.work.model, self._checkpoints(), self._checkpoint(which))
+        try:
+            yield
+        finally:
+            prepared.evaluation.average = average
+            prepared.work.model.load_state_dict(before)
+
+    def _checkpoints(self) -> Checkpoints:
+        prepared = self._prepared
+        return Checkpoints(self._folder.checkpoints, metric=prepared.best_metric, mode=prepared.best_mode)
+
+    def _checkpoint(self, which: Literal["best", "last"]) -> Saved:
+        checkpoints = self._checkpoints()
+        saved = checkpoints.best() if which == "best" else checkpoints.latest()
+        if saved is None:
+            raise CheckpointError(
+                "this run has no whole checkpoint", where=self._folder.checkpoints, fix="torchkeep resume trains on"
+            )
+        return saved
+
+
+def _put(model: nn.Module, checkpoints: Checkpoints, saved: Saved) -> None:
+    state = checkpoints.load(saved)
+    load_model(model, state["model"])
+    if state["optimizer"]["average"]:
+        load_model(model, {**state["model"], **state["optimizer"]["average"]})
+
+
+def train(
+    recipe: str | Path | dict[str, Any],
+    *,
+    set: Sequence[str] = (),
+    run_dir: str | Path | None = None,
+    resume: Resume = "no",
+    quiet: bool = False,
+) -> Run:
+    """Train a recipe: a TOML file's path, or a dict.
+
+    ``set`` overrides keys, ``["train.epochs=3"]``. ``resume="auto"`` goes on where the newest run of this name ended.
+
+    Raises:  SettingsError, DataError, ModelError before anything is written; Interrupted, PreemptedError after saving
+    """
+    read, base = read_recipe(recipe, list(set))
+    found = _find_run(read.name, run_dir) if resume == "auto" else None
+    console = Console(quiet)
+    with contextlib.closing(console):
+        lock = FolderLock(found.path).acquire() if found else None
+        with _released(lock):
+            work, code = _work_of(read, base, load_function)
+            facts = {"recipe": read.model_dump(mode="json"), "base": str(base), "code_files": code}
+            return _execute(work, facts, read, base, _place(read.name, run_dir), found, lock, console)
+
+
+def fit(
+    model: nn.Module,
+    train: Any,
+    valid: Any = None,
+    *,
+    test: Any = None,
+    loss: Any = None,
+    metrics: Any = None,
+    epochs: int | None = None,
+    batch_size: int = 32,
+    learning_rate: float | None = None,
+    optimizer: Any = None,
+    schedule: Any = None,
+    schedule_every: Literal["step", "epoch"] = "step",
+    step: Any = None,
+    inputs: Any = None,
+    targets: Any = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    workers: int | Literal["auto"] = "auto",
+    last: Literal["keep", "drop"] = "keep",
+    seed: int = 0,
+    name: str | None = None,
+    run_dir: str | Path | None = None,
+    resume: Resume = "no",
+    checkpoint: dict[str, Any] | None = None,
+    early_stopping: dict[str, Any] | None = None,
+    monitor: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Train your own module on your own dataset.
+
+    ``loss``: a name, a module or a callable (output, target) → (). ``metrics``: names and torchmetrics objects.
+    ``optimizer``: a name, an optimiser, a dict of several, or a function of the model. ``schedule``: a name, a
+    scheduler object, a function optimiser → scheduler, or a function (step, total_steps) → factor.
+    ``step(model, batch, context)`` → ``{"loss": …, anything to log}`` replaces binding and loss. ``settings`` takes
+    further sections as a recipe has them: ``{"train": {"clip_norm": 1.0}}``.
+
+    The model is trained in place and keeps its last parameters; ``run.model()`` is a copy with the best ones.
+
+    Raises:  SettingsError, DataError, ModelError before anything is written; Interrupted, PreemptedError after saving
+    """
+    data = _sections(settings or {}, seed, name or (Path(run_dir).name if run_dir else type(model).__name__.lower()))
+    _merge(data, "train", {"epochs": epochs, "loss": loss if isinstance(loss, str) else None})
+    _merge(data, "checkpoint", checkpoint or {})
+    _merge(data, "early_stopping", early_stopping or {})
+    _merge(data, "monitor", monitor or {})
+    own_optimizer = optimizer is not None and not isinstance(optimizer, str)
+    if own_optimizer and learning_rate is not None:
+        raise SettingsError(
+            "the learning rate is given twice",
+            where="tk.fit",
+            got="optimizer= and learning_rate=",
+            expected="one of them",
+        )
+    _merge(data, "optimizer", {"name": None if own_optimizer else optimizer, "learning_rate": learning_rate})
+    _merge(data, "optimizer", {"schedule": schedule if isinstance(schedule, str) else None})
+    checked = check(RunSettings, data, "tk.fit")
+    found = _find_run(checked.name, run_dir) if resume == "auto" else None
+    console = Console(quiet)
+    with contextlib.closing(console):
+        lock = FolderLock(found.path).acquire() if found else None
+        with _released(lock):
+            work = Work(
+                checked, model, as_dataset(train), as_dataset(valid) if valid is not None else None,
+                as_dataset(test) if test is not None else None, batch_size, workers, last, loss, metrics, optimizer,
+                schedule, schedule_every, step, inputs, targets, collate,
+            )  # fmt: skip
+            objects = {"model": model, "train": train, "loss": loss, "optimizer": optimizer, "schedule": schedule,
+                       "step": step, "collate": collate}  # fmt: skip
+            facts = {
+                "recipe": None,
+                "settings": checked.model_dump(mode="json"),
+                "objects": {key: describe_object(value) for key, value in objects.items()},
+                "batch_size": batch_size,
+            }
+            return _execute(work, facts, None, Path.cwd(), _place(checked.name, run_dir), found, lock, console)
+
+
+def resume(run_dir: str | Path, *, set: Sequence[str] = (), trust_code: str | None = None, quiet: bool = False) -> Run:
+    """Go on with a recipe's run where its last checkpoint stands.
+
+    Raises:  RunFolderError if there is no such run; SettingsError for a run of ``tk.fit``, naming the call to repeat;
+             UntrustedCodeError for code that changed or never ran on this machine
+    """
+    folder = open_run_folder(run_dir)
+    console = Console(quiet)
+    with contextlib.closing(console):
+        lock = FolderLock(folder.path).acquire()
+        with _released(lock):
+            facts = folder.read_run()
+            recipe, base = _recorded_recipe(folder, facts, list(set))
+            work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
+            return _execute(work, facts, recipe, base, None, folder, lock, console)
+
+
+def open_run(run_dir: str | Path, *, trust_code: str | None = None) -> Run:
+    """Open a recipe's run to evaluate it or to predict with it. Nothing is trained or written."""
+    folder = open_run_folder(run_dir)
+    facts = folder.read_run()
+    recipe, base = _recorded_recipe(folder, facts, [])
+    work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
+    return Run(folder, Prepared(work, Decisions(facts["decisions"])), recipe, base)
+
+
+def evaluate(run_dir: str | Path, data: Any = None, *, trust_code: str | None = None) -> dict[str, float]:
+    """Loss and metrics of a run's best checkpoint on ``data``; without data on its test or validation split."""
+    return open_run(run_dir, trust_code=trust_code).evaluate(data)
+
+
+def predict(run_dir: str | Path, inputs: Any, *, trust_code: str | None = None) -> Iterator[Prediction]:
+    """Predictions of a run's best checkpoint, in the inputs' order."""
+    return open_run(run_dir, trust_code=trust_code).predict(inputs)
+
+
+def inspect(
+    source: Any, batch: Any = None, *, set: Sequence[str] = (), trust_code: str | None = None
+) -> list[ModuleRow]:
+    """The module tree with shapes and parameters: of a model with a batch, of a recipe, or of a run.
+
+    ``batch`` is a tensor, a tuple of arguments or a dict of keywords for the model's forward.
+    """
+    if isinstance(source, nn.Module):
+        return describe(source, _forward_of(source, batch) if batch is not None else None)
+    path = Path(source)
+    if path.is_dir():
+        prepared = open_run(path, trust_code=trust_code)._prepared
+    else:
+        recipe, base = read_recipe(path, list(set))
+        prepared = Prepared(_work_of(recipe, base, load_function)[0], Decisions())
+    example = prepared.mover(prepared.loader.peek())
+    return describe(prepared.work.model, lambda: prepared.binding.call(example))
+
+
+def _forward_of(model: nn.Module, batch: Any) -> Callable[[], Any]:
+    if isinstance(batch, tuple | list):
+        return lambda: model(*batch)
+    return (lambda: model(**batch)) if isinstance(batch, dict) else (lambda: model(batch))
+
+
+def runs(parent: str | Path = RUNS) -> list[dict[str, Any]]:
+    """A row for each run under a folder, oldest first: name, status, attempts, best metrics, when it began."""
+    rows: list[dict[str, Any]] = []
+    for folder in list_runs(Path(parent)):
+        try:
+            facts = folder.read_run()
+        except RunFolderError as error:
+            rows.append({"name": folder.name, "status": "unreadable", "problem": error.what})
+            continue
+        best = Checkpoints(folder.checkpoints).hint("best")
+        rows.append(
+            {
+                "name": folder.name,
+                "status": folder.status(),
+                "attempts": next_attempt(folder.records),
+                "created": facts["created"],
+                "commit": ((facts.get("code") or {}).get("commit") or "")[:8],
+                "model": (facts.get("recipe") or {}).get("model", {}).get("name")
+                or (facts.get("objects") or {}).get("model", ""),
+                "best": best.get("metrics", {}),
+            }
+        )
+    return rows
+
+
+def _sections(settings: dict[str, Any], seed: int, name: str) -> dict[str, Any]:
+    return {"seed": seed, "name": name, **copy.deepcopy(settings)}
+
+
+def _merge(data: dict[str, Any], section: str, values: dict[str, Any]) -> None:
+    given = {key: value for key, value in values.items() if value is not None}
+    data.setdefault(section, {}).update(given)
+
+
+def _place(name: str, run_dir: str | Path | None) -> Path:
+    return Path(run_dir) if run_dir is not None else RUNS / name
+
+
+def _find_run(name: str, run_dir: str | Path | None) -> RunFolder | None:
+    """The newest run of this name, or None where there is none to go on with."""
+    place = _place(name, run_dir)
+    same = [run for run in list_runs(place.parent) if run.name == place.name or _is_numbered(run.name, place.name)]
+    return same[-1] if same else None
+
+
+def _is_numbered(name: str, base: str) -> bool:
+    return name.startswith(f"{base}-") and name[len(base) + 1 :].isdigit()
+
+
+@contextlib.contextmanager
+def _released(lock: FolderLock | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _trusting(facts: Json, trust_code: str | None) -> Callable[[CodeReference], Callable[..., Any]]:
+    """What may run of the code that a run's folder names (law 10)."""
+    recorded = {(row["path"], row["function"]): row for row in facts.get("code_files", [])}
+
+    def load(reference: CodeReference) -> Callable[..., Any]:
+        row = recorded.get((str(reference.path), reference.function), reference.to_json() | {"sha256": ""})
+        return load_function(check_trusted(row, trust_code))
+
+    return load
+
+
+def _recorded_recipe(folder: RunFolder, facts: Json, assignments: list[str]) -> tuple[Recipe, Path]:
+    data = facts.get("recipe")
+    if data is not None and assignments:
+        data = override(data, assignments)
+    if data is None:
+        objects = facts.get("objects", {})
+        raise SettingsError(
+            "this run was made by tk.fit from a program's own objects",
+            where=folder.path,
+            got=f"model {objects.get('model')}, data {objects.get('train')}",
+            expected="a run of torchkeep train",
+            fix=f'run the same program again with tk.fit(…, run_dir="{folder.path}", resume="auto")',
+        )
+    return recipe_from_json(data, folder.run_file), Path(facts["base"])
+
+
+def _work_of(recipe: Recipe, base: Path, load: Callable[[CodeReference], Any]) -> tuple[Work, list[Json]]:
+    """Open what a recipe names: data first, then the model made for it."""
+    used: list[CodeReference] = []
+
+    def load_reference(reference: CodeReference) -> Any:
+        used.append(reference)
+        return load(reference)
+
+    def load_name(name: str) -> Any:
+        return load_reference(read_reference(name, base))
+
+    splits = open_data(recipe.data, base, recipe.seed, load_reference)
+    train_data = as_dataset(splits.train)
+    seed_generators(recipe.seed)
+    cardinalities = getattr(splits.train, "cardinalities", ())
+    model = build_model(recipe.model, train_data.schema, cardinalities, load_name)
+    work = Work(
+        recipe,
+        model,
+        train_data,
+        as_dataset(splits.valid) if splits.valid is not None else None,
+        as_dataset(splits.test) if splits.test is not None else None,
+        recipe.data.batch_size,
+        recipe.data.workers,
+        recipe.data.last,
+        load=load_name,
+    )
+    return work, [reference.to_json() for reference in used]
+
+
+def _execute(
+    work: Work, facts: Json, recipe: Recipe | None, base: Path, place: Path | None, found: RunFolder | None,
+    lock: FolderLock | None, console: Console,
+) -> Run:  # fmt: skip
+    """Prepare, open or make the folder, train, and say how it ended."""
+    began = time.time()
+    recorded = found.read_run() if found else None
+    decisions = Decisions(recorded["decisions"] if recorded else None)
+    prepared = Prepared(work, decisions)
+    if found is not None and recorded is not None:
+        folder = found
+        _check_same(work, facts, recorded, console)
+    else:
+        assert place is not None
+        folder = create_run_folder(place.name, place.parent)
+        lock = FolderLock(folder.path).acquire()
+        if folder.path.name != place.name:
+            console.say(f"{place} exists; this run is {folder.path}")
+        folder.write_run(
+            {
+                **facts,
+                "seed": work.settings.seed,
+                "decisions": decisions.to_json(),
+                "data": {"fingerprints": work.fingerprints(), "schema": work.train.schema.to_json()},
+                "code": code_state(base if recipe else source_folder()),
+                "environment": environment(),
+                "command": command(),
+            }
+        )
+    try:
+        return _attempt(prepared, folder, recipe, base, console, began)
+    finally:
+        prepared.close()
+        if lock is not None:
+            lock.release()
+
+
+def _check_same(work: Work, facts: Json, recorded: Json, console: Console) -> None:
+    """Say what changed since the run began; another dataset is an error."""
+    now = work.fingerprints()
+    then = recorded["data"]["fingerprints"]
+    changed = [name for name in then if now.get(name) != then[name]]
+    if changed:
+        raise CheckpointError(
+            "the data are not those that the run began with",
+            where=f"split {', '.join(changed)}",
+            got=", ".join(str(now.get(name)) for name in changed),
+            expected=", ".join(str(then[name]) for name in changed),
+            fix="put the data back as they were, or start a new run",
+        )
+    for name in ("recipe", "settings"):
+        for key, old, new in difference(recorded.get(name), facts.get(name)) if facts.get(name) else []:
+            console.warn(f"{key} was {old!r} and is {new!r} now: the resume is best-effort")
+
+
+def _attempt(
+    prepared: Prepared, folder: RunFolder, recipe: Recipe | None, base: Path, console: Console, began: float
+) -> Run:
+    """One process's share of a run: from its newest checkpoint, or from the start, to the end."""
+    settings = prepared.work.settings
+    attempt = next_attempt(folder.records)
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        settings.checkpoint.keep_last,
+        settings.checkpoint.keep_best,
+        prepared.best_metric,
+        prepared.best_mode,
+        console.warn,
+    )
+    views = [TensorBoardView(folder.tensorboard, attempt)] if "tensorboard" in settings.monitor.views else []
+    recorder = Recorder(folder.records, attempt=attempt, views=views, on_alert=console.warn)
+    training = prepared.training(checkpoints, recorder, console, Signals())
+    try:
+        _begin(training, prepared, folder, attempt, began)
+        reason = training.run()
+        metrics = {**training.metrics, **_test(prepared, training)}
+        _record_end(training, "finished", metrics, reason)
+    except BaseException as error:
+        _record_failure(training, error)
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            recorder.close()
+    run = Run(folder, prepared, recipe, base)
+    _summarise(run, training, metrics, reason, began)
+    return run
+
+
+def _begin(training: Training, prepared: Prepared, folder: RunFolder, attempt: int, began: float) -> None:
+    saved = training.checkpoints.latest()
+    if saved is not None:
+        training.load_state_dict(training.checkpoints.load(saved))
+        training.console.say(f"resumed from step {saved.step}, epoch {training.clock.epoch} ({saved.path})")
+    else:
+        seed_generators(prepared.work.settings.seed)
+    training.console.decisions(prepared.decisions.rows)
+    training.console.say(f"run       {folder.path}")
+    clock = training.clock
+    at = {"step": clock.step, "samples": clock.samples, "epoch": clock.epoch}
+    if attempt == 0:
+        training.recorder.log("run_start", **at, began=began, seed=prepared.work.settings.seed)
+        for row in prepared.decisions.to_json():
+            training.recorder.log("decision", **at, **row)
+    training.recorder.log("attempt_start", **at, from_step=clock.step)
+
+
+def _test(prepared: Prepared, training: Training) -> dict[str, float]:
+    """The test split, once, at the end, with the best checkpoint's parameters."""
+    if prepared.work.test is None:
+        return {}
+    best = training.checkpoints.best()
+    model = prepared.work.model
+    last = {name: value.clone() for name, value in model.state_dict().items()}
+    average, prepared.evaluation.average = prepared.evaluation.average, None
+    loader = prepared.evaluation_loader(prepared.work.test)
+    try:
+        if best is not None:
+            _put(model, training.checkpoints, best)
+        measured = prepared.evaluation(loader, "test")
+    finally:
+        loader.close()
+        prepared.evaluation.average = average
+        model.load_state_dict(last)
+    clock = training.clock
+    training.recorder.log("scalars", step=clock.step, samples=clock.samples, epoch=clock.epoch, values=measured)
+    return measured
+
+
+def _record_end(training: Training, status: str, metrics: dict[str, float], reason: str) -> None:
+    clock = training.clock
+    training.recorder.log(
+        "run_end",
+        step=clock.step,
+        samples=clock.samples,
+        epoch=clock.epoch,
+        status=status,
+        reason=reason,
+        metrics=metrics,
+    )
+    training.recorder.flush(durable=True)
+
+
+def _record_failure(training: Training, error: BaseException) -> None:
+    status = "interrupted" if isinstance(error, KeyboardInterrupt | PreemptedError) else "failed"
+    text = error.what if isinstance(error, TorchkeepError | Interrupted) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(TorchkeepError):
+        _record_end(training, status, training.metrics, text)
+
+
+def _summarise(run: Run, training: Training, metrics: dict[str, float], reason: str, began: float) -> None:
+    folder = run.dir
+    rows = []
+    if training.best.value is not None:
+        rows.append(
+            (f"best {training.best_metric}", f"{format_number(training.best.value)} (epoch {training.best.epoch})")
+        )
+    rows += [(name, format_number(value)) for name, value in metrics.items()]
+    rows += [
+        ("ended", f"{reason} after epoch {training.clock.epoch}, step {training.clock.step:,}"),
+        ("time", f"{format_seconds(time.time() - began)}, of it training {format_seconds(training.trained_s)}"),
+        ("speed", f"{training.rate:,.0f} samples/s"),
+        ("parameters", f"sha256 {run.sha256()[:16]}"),
+        ("run", str(folder)),
+        ("checkpoints", str(folder / "checkpoints")),
+        ("record", str(folder / "records.jsonl")),
+    ]
+    commands = [f"torchkeep evaluate {folder}", f"torchkeep inspect {folder}"]
+    if run._recipe is not None:
+        commands.insert(1, f"torchkeep predict {folder} FILES")
+    else:
+        commands = []
+    if (folder / "tensorboard").is_dir():
+        commands.append(f"tensorboard --logdir {folder.parent}")
+    training.console.summary(run.dir.name, rows, commands)

@@ -1,0 +1,223 @@
+"""The command line: the verbs of ``api``, nothing else. Only click is imported until a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from .errors import EXIT_BAD_INPUT, EXIT_BAD_ROWS, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, TorchkeepError
+
+_SET = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
+_TRUST = click.option("--trust-code", metavar="HASH", help="Run the code that the run names, if it has this sha256.")
+_QUIET = click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="torchkeep", prog_name="torchkeep")
+def cli() -> None:
+    """Train a PyTorch model: fast to the step, exact on resume.
+
+    torchkeep train examples/digits/recipe.toml
+    """
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@_SET
+@click.option("--run-dir", type=click.Path(), help="The run's folder; runs/NAME without it.")
+@click.option("--resume", "resume_mode", type=click.Choice(["no", "auto"]), default="no", show_default=True,
+              help="auto: go on where the newest run of this name ended.")  # fmt: skip
+@_QUIET
+def train(recipe: str, assignments: tuple[str, ...], run_dir: str | None, resume_mode: Any, quiet: bool) -> None:
+    """Train the model that RECIPE (a TOML file) describes."""
+    from . import api
+
+    api.train(recipe, set=assignments, run_dir=run_dir, resume=resume_mode, quiet=quiet)
+
+
+@cli.command()
+@click.argument("run", type=click.Path())
+@_SET
+@_TRUST
+@_QUIET
+def resume(run: str, assignments: tuple[str, ...], trust_code: str | None, quiet: bool) -> None:
+    """Go on with RUN (a run's folder) from its last checkpoint, to the same bits."""
+    from . import api
+
+    api.resume(run, set=assignments, trust_code=trust_code, quiet=quiet)
+
+
+@cli.command()
+@click.argument("run", type=click.Path())
+@click.argument("data", required=False)
+@_TRUST
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+def evaluate(run: str, data: str | None, trust_code: str | None, as_json: bool) -> None:
+    """Measure RUN's best checkpoint on DATA; without DATA on its test split, else its validation split."""
+    from . import api
+    from .watch.console import Console, format_number
+
+    measured = api.evaluate(run, data, trust_code=trust_code)
+    if as_json:
+        click.echo(_json_line(measured))
+        return
+    Console().table(["metric", "value"], [(name, format_number(value)) for name, value in measured.items()])
+
+
+@cli.command()
+@click.argument("run", type=click.Path())
+@click.argument("files", nargs=-1, required=True)
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="A .csv or .jsonl file; the terminal without it.")
+@click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="csv without it, or by the file's ending.")
+@_TRUST
+def predict(run: str, files: tuple[str, ...], output: str | None, form: str | None, trust_code: str | None) -> None:
+    """Predict with RUN's best checkpoint: a row for each image, or for each row of a table, in order.
+
+    Exit code 3: some inputs could not be read; their rows say why.
+    """
+    from . import api
+
+    form = form or ("jsonl" if output and output.endswith(".jsonl") else "csv")
+    rows = (said.row() for said in api.predict(run, list(files), trust_code=trust_code))
+    if output is None:
+        num_bad = _write_rows(rows, sys.stdout, form)
+    else:
+        from .files import write_durable
+
+        text = _Text()
+        num_bad = _write_rows(rows, text, form)
+        write_durable(Path(output), text.text.encode())
+    if num_bad:
+        click.echo(f"{num_bad} inputs could not be read; their rows say why", err=True)
+        sys.exit(EXIT_BAD_ROWS)
+
+
+@cli.command()
+@click.argument("source", type=click.Path())
+@_SET
+@_TRUST
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each module.")
+def inspect(source: str, assignments: tuple[str, ...], trust_code: str | None, as_json: bool) -> None:
+    """Show the module tree of SOURCE (a recipe or a run's folder) with shapes and parameters."""
+    from . import api
+    from .watch.console import Console
+
+    rows = api.inspect(source, set=assignments, trust_code=trust_code)
+    if as_json:
+        for row in rows:
+            click.echo(_json_line(vars(row)))
+        return
+    Console().table(
+        ["module", "type", "input", "output", "parameters", "learn"],
+        [
+            ("  " * row.depth + row.name.rpartition(".")[2], row.type_name, row.inputs, row.outputs,
+             f"{row.num_parameters:,}", f"{row.num_learning:,}")
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(), default="runs")
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each run.")
+def runs(folder: str, as_json: bool) -> None:
+    """List the runs under FOLDER, oldest first."""
+    import time
+
+    from . import api
+    from .watch.console import Console, format_number
+
+    rows = api.runs(folder)
+    if as_json:
+        for row in rows:
+            click.echo(_json_line(row))
+        return
+    if not rows:
+        click.echo(f"no runs under {folder}; torchkeep train RECIPE makes one")
+        return
+    Console().table(
+        ["run", "status", "attempts", "model", "best", "began"],
+        [
+            (row["name"], row["status"], str(row.get("attempts", "")), str(row.get("model", "")),
+             ", ".join(f"{name} {format_number(value)}" for name, value in row.get("best", {}).items()),
+             time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])) if "created" in row else "")
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from .tensors import to_json
+    from .train.recipe import schema as recipe_schema
+
+    click.echo(to_json(recipe_schema(), indent=True).decode(), nl=False)
+
+
+class _Text:
+    """Collects what is written, so that a file appears whole or not at all."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+
+def _write_rows(rows: Iterable[dict[str, Any]], file: IO[str] | _Text, form: str) -> int:
+    import csv
+
+    num_bad = 0
+    columns = ["input", "label", "probability", "value", "error"]
+    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n") if form == "csv" else None
+    if writer is not None:
+        writer.writeheader()
+    for row in rows:
+        num_bad += "error" in row
+        if "probability" in row:
+            row["probability"] = round(row["probability"], 6)
+        if writer is not None:
+            writer.writerow(row)
+        else:
+            file.write(_json_line(row) + "\n")
+    return num_bad
+
+
+def _json_line(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False)
+
+
+def main() -> None:
+    """Run the command line; every expected error ends in one message and its exit code."""
+    sys.exit(run(lambda: cli.main(prog_name="torchkeep", standalone_mode=False)))
+
+
+def run(command: Callable[[], Any]) -> int:
+    """The exit code of a command, its error said in the one form."""
+    try:
+        command()
+    except TorchkeepError as error:
+        click.echo(error.message(), err=True)
+        return error.exit_code
+    except Interrupted as error:
+        click.echo(str(error), err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return EXIT_BAD_INPUT
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_FAILED
+    return 0

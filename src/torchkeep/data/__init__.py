@@ -1,0 +1,1 @@
+"""Wing 1: sample id → batch."""

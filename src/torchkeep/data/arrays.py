@@ -1,0 +1,197 @@
+"""Arrays in memory: a batch is one gather per column."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..chance import ChanceKey
+from ..contracts import Batch, Field, Kind, Preprocess, Sample, Schema
+from ..errors import DataError
+
+TARGETS = ("label", "target", "labels", "targets", "y")
+
+_CAST = {
+    torch.float64: torch.float32,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    torch.uint64: torch.int64,
+}
+
+
+class Arrays(Dataset[Sample]):
+    """Columns of one length: ``Arrays(image=x, label=y)``. The memory is shared with what is given where it can be.
+
+    ``label``, ``labels``, ``target``, ``targets`` and ``y`` are targets; a target of whole numbers, (N,), is a label
+    with the classes "0" … "max", a target of texts is numbered in sorted order. float64 becomes float32.
+
+    Shapes:  each column (N, …); ``image`` uint8 (N, H, W) becomes (N, 1, H, W)
+    Raises:  DataError for columns of different lengths, no columns, no samples, or values that are no numbers
+    """
+
+    threads = False
+
+    def __init__(self, **columns: Any):
+        _check_lengths(columns)
+        fields: dict[str, Field] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, given in columns.items():
+            fields[name], tensors[name] = _column(name, given)
+        self.columns = tensors
+        self.schema = Schema(fields, _preprocess_of(fields))
+        self._num_samples = len(next(iter(tensors.values())))
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        fields = self.schema.fields
+        return {
+            name: int(column[index]) if fields[name].kind == "label" else column[index]
+            for name, column in self.columns.items()
+        }
+
+    def read(self, index: int, key: ChanceKey) -> Sample:
+        """One sample. Nothing here is random."""
+        return self[index]
+
+    def read_batch(self, indices: np.ndarray[Any, Any], key: ChanceKey) -> Batch:
+        """Shapes: indices (B,) int64 → each column (B, …)."""
+        positions = torch.from_numpy(indices)
+        return {name: torch.index_select(column, 0, positions) for name, column in self.columns.items()}
+
+    def fingerprint(self) -> str:
+        """xxh3 of names, shapes, types and bytes."""
+        digest = xxhash.xxh3_128()
+        for name, column in self.columns.items():
+            digest.update(f"{name}|{tuple(column.shape)}|{column.dtype}|".encode())
+            digest.update(bytes_of(column))
+        return str(digest.hexdigest())
+
+    def without_augmentation(self) -> Arrays:
+        """Itself: there is none."""
+        return self
+
+    def id_of(self, index: int) -> str:
+        return str(index)
+
+    @property
+    def labels(self) -> np.ndarray[Any, Any] | None:
+        """Class of each sample, (N,) int64; None where there is no label."""
+        name = next((name for name, field in self.schema.items() if field.kind == "label"), None)
+        return None if name is None else np.asarray(self.columns[name].numpy())
+
+
+def bytes_of(column: Tensor) -> memoryview:
+    """A tensor's memory, for a checksum."""
+    flat = column.contiguous().reshape(-1)
+    stored: Any = flat.view(torch.uint8).numpy()
+    return memoryview(stored)
+
+
+def _check_lengths(columns: dict[str, Any]) -> None:
+    if not columns:
+        raise DataError("there are no columns", where="Arrays()", expected="Arrays(image=x, label=y)")
+    bare = [name for name, given in columns.items() if not getattr(given, "shape", ())]
+    if bare:
+        got = type(columns[bare[0]]).__name__
+        raise DataError(
+            "a column is no array", where=f"Arrays({bare[0]}=…)", got=got, expected="a NumPy array or a tensor (N, …)"
+        )
+    lengths = {name: len(given) for name, given in columns.items()}
+    if len(set(lengths.values())) > 1:
+        got = ", ".join(f"{name}: {length:,}" for name, length in lengths.items())
+        raise DataError("these columns have different lengths", where="Arrays()", got=got, expected="one length")
+    if not next(iter(lengths.values())):
+        raise DataError("the columns are empty", where="Arrays()", got="0 samples")
+
+
+def _column(name: str, given: Any) -> tuple[Field, Tensor]:
+    if isinstance(given, np.ndarray) and given.dtype.kind in "USO":
+        return _text_column(name, given)
+    column = _as_tensor(name, given)
+    if name == "image" and column.dtype == torch.uint8 and column.ndim in (3, 4):
+        return _image_column(column)
+    is_target = name in TARGETS
+    if is_target and column.ndim == 1 and not column.dtype.is_floating_point and not column.dtype.is_complex:
+        return _label_column(name, column)
+    return Field(_kind_of(column), tuple(column.shape[1:]), is_target=is_target), column
+
+
+def _as_tensor(name: str, given: Any) -> Tensor:
+    if isinstance(given, Tensor):
+        column = given.detach().cpu()
+    elif isinstance(given, np.ndarray) and given.dtype.kind in "biufc":
+        native = np.ascontiguousarray(given, dtype=given.dtype.newbyteorder("="))
+        with warnings.catch_warnings():
+            # torch warns of memory that may not be written, such as a memory map: nothing here writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            column = torch.from_numpy(native)
+    else:
+        got = f"{type(given).__name__} of {getattr(given, 'dtype', 'no dtype')}"
+        raise DataError("a column is no array of numbers", where=f"Arrays({name}=…)", got=got, expected="numbers")
+    return column.to(_CAST.get(column.dtype, column.dtype)).contiguous()
+
+
+def _kind_of(column: Tensor) -> Kind:
+    if not column.dtype.is_floating_point:
+        return "tensor"
+    return "number" if column.ndim == 1 else "vector" if column.ndim == 2 else "tensor"
+
+
+def _text_column(name: str, given: np.ndarray[Any, Any]) -> tuple[Field, Tensor]:
+    if name not in TARGETS or given.ndim != 1 or not all(isinstance(value, str) for value in given.tolist()):
+        raise DataError(
+            "a column is no array of numbers",
+            where=f"Arrays({name}=…)",
+            got=f"values of type {given.dtype}",
+            expected="numbers; texts only as a target (N,)",
+        )
+    classes, numbers = np.unique(given.astype(str), return_inverse=True)
+    field = Field("label", (), tuple(str(name) for name in classes), is_target=True)
+    return field, torch.from_numpy(numbers.astype(np.int64))
+
+
+def _image_column(column: Tensor) -> tuple[Field, Tensor]:
+    column = column.unsqueeze(1) if column.ndim == 3 else column
+    depths = (1, 3, 4)
+    if column.shape[1] not in depths and column.shape[3] in depths:
+        raise DataError(
+            "these images have their channels last",
+            where="Arrays(image=…)",
+            got=tuple(column.shape),
+            expected="(N, C, H, W)",
+            fix="image = x.transpose(0, 3, 1, 2), or x.permute(0, 3, 1, 2) for a tensor",
+        )
+    return Field("image", tuple(column.shape[1:])), column
+
+
+def _label_column(name: str, column: Tensor) -> tuple[Field, Tensor]:
+    column = column.to(torch.int64)
+    lowest, highest = int(column.min()), int(column.max())
+    if lowest < 0:
+        raise DataError(
+            "a label is below 0",
+            where=f"Arrays({name}=…)",
+            got=f"{lowest} (sample {int(column.argmin())})",
+            expected="classes counted from 0; for a regression, a target of floats",
+            fix=f"{name} = {name}.astype('float32') for a regression",
+        )
+    return Field("label", (), tuple(str(number) for number in range(highest + 1)), is_target=True), column
+
+
+def _preprocess_of(fields: dict[str, Field]) -> Preprocess | None:
+    image = fields.get("image")
+    if image is None or image.kind != "image" or image.shape is None:
+        return None
+    channels, height, width = image.shape
+    half = (0.5,) * channels
+    return Preprocess(height if height == width else None, channels, half, half)

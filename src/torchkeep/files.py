@@ -1,0 +1,312 @@
+"""Durable files: the only place that syncs and renames.
+
+What is acknowledged is durable (law 3): the bytes are written under a hidden name, synced, renamed, and the folder is
+synced. A failed sync marks the page clean in the kernel, so it is never retried: the attempt is abandoned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import orjson
+import xxhash
+
+from .errors import RunFolderError, StorageError
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a file must be when it is read again."""
+
+    size_bytes: int
+    checksum: str
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """xxh3-128, against damage: it names no identity."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def receipt_of(path: Path) -> Receipt:
+    """Size and checksum of a file as it lies on the disk."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return Receipt(size, digest.hexdigest())
+
+
+@contextlib.contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Turn what the system says of a write into the one form of message."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            "the disk refused a write",
+            where=path,
+            got=f"{error.strerror or error} (errno {error.errno})",
+            expected="a writable folder with free space",
+            fix="free some space or choose another folder with --run-dir, then resume; what was saved before is whole",
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names within a folder durable. Windows has no such call: its rename is journalled."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Hand a file's bytes to the disk and wait until it has them."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_durable(path: Path, data: bytes) -> Receipt:
+    """Replace ``path`` by ``data``, or leave it as it was.
+
+    Raises:  StorageError where the disk refuses; the old content then stands
+    """
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with reported(path):
+        try:
+            with hidden.open("wb") as file:
+                file.write(data)
+                sync_file(file)
+            os.replace(hidden, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+            raise
+    return Receipt(len(data), checksum(data))
+
+
+class DurableFolder:
+    """A folder that becomes visible whole, by one rename, or not at all.
+
+    >>> with DurableFolder(Path("step-00000010")) as folder:
+    ...     folder.write("model.safetensors", data)
+    The manifest, with each file's size and checksum, is written last.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.receipts: dict[str, Receipt] = {}
+
+    def __enter__(self) -> DurableFolder:
+        with reported(self.path):
+            shutil.rmtree(self.hidden, ignore_errors=True)
+            self.hidden.mkdir(parents=True)
+        return self
+
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """One file, hashed while it is written, synced before the call returns."""
+        digest, size = xxhash.xxh3_128(), 0
+        with reported(self.path / name), (self.hidden / name).open("wb", buffering=0) as file:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                for start in range(0, len(view), _CHUNK_BYTES):
+                    block = view[start : start + _CHUNK_BYTES]
+                    digest.update(block)
+                    write_all(file, block)
+                size += len(view)
+            sync_file(file)
+        self.receipts[name] = Receipt(size, digest.hexdigest())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.hidden, ignore_errors=True)
+            return
+        try:
+            files = {name: {"size_bytes": r.size_bytes, "xxh3_128": r.checksum} for name, r in self.receipts.items()}
+            self.write("manifest.json", orjson.dumps({"format": 1, "files": files}, option=orjson.OPT_INDENT_2))
+            with reported(self.path):
+                sync_folder(self.hidden)
+                os.rename(self.hidden, self.path)
+                sync_folder(self.path.parent)
+        except BaseException:
+            shutil.rmtree(self.hidden, ignore_errors=True)
+            raise
+
+
+def write_all(file: IO[bytes], block: memoryview) -> None:
+    """Write every byte of ``block`` to an unbuffered file."""
+    # an unbuffered write may take less than it was given, on a disk that is nearly full for one
+    while len(block):
+        block = block[file.write(block) :]
+
+
+def remove_folder(path: Path) -> None:
+    """Retire a folder: hidden first by a rename, so that a kill halfway leaves no half folder under its name."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.retired")
+    with contextlib.suppress(OSError):
+        os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what attempts that ended early have left hidden. Call with the folder's lock held."""
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    for left in folder.glob(".*.retired"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename something damaged so that nobody takes it for good; nothing is deleted."""
+    number = 1
+    while (target := path.with_name(f"damaged-{path.name}-{number}")).exists():
+        number += 1
+    os.rename(path, target)
+    return target
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make ``parent/name``, or ``name-2``, ``name-3`` … where it exists: never a second user of one folder."""
+    with reported(parent / name):
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+                continue
+            sync_folder(parent)
+            return folder
+
+
+class FolderLock:
+    """One process at a time in a folder. The system releases it when the process dies, however it dies."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / ".lock"
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> FolderLock:
+        """Take the lock.
+
+        Raises:  RunFolderError if another process holds it; it is named
+        """
+        with reported(self.path):
+            file = self.path.open("a+", encoding="utf-8")
+        if not _try_lock(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RunFolderError(
+                "this run's folder is in use",
+                where=self.path.parent,
+                got=f"held by {holder}",
+                expected="no running process on it",
+                fix="wait for that run to end, or give another --run-dir",
+            )
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._file = file
+        return self
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @staticmethod
+    def is_held(folder: Path) -> bool:
+        """Whether some process, this one included, works in the folder now."""
+        path = folder / ".lock"
+        if not path.exists():
+            return False
+        try:
+            with path.open("r+", encoding="utf-8") as file:
+                return not _try_lock(file)
+        except OSError:
+            return False
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(1 << 20)  # beyond the text, which others may read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+class AppendFile:
+    """A file of lines that only grows. A line torn by a kill is cut off when the file is opened again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with reported(path):
+            is_new = not path.exists()
+            self._file = path.open("ab", buffering=0)
+            self._cut_torn_tail()
+            if is_new:
+                sync_folder(path.parent)
+
+    def _cut_torn_tail(self) -> None:
+        end = size = self._file.seek(0, os.SEEK_END)
+        with self.path.open("rb") as file:
+            while end:
+                start = max(0, end - _CHUNK_BYTES)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    end = start + newline + 1
+                    break
+                end = start
+        if end < size:
+            self._file.truncate(end)
+
+    def append(self, lines: bytes) -> None:
+        """Hand lines to the system: they survive a kill of this process from here on.
+
+        Raises:  StorageError where the disk refuses; the file then ends with the last whole line
+        """
+        size = self._file.seek(0, os.SEEK_END)
+        with reported(self.path):
+            try:
+                write_all(self._file, memoryview(lines))
+            except OSError:
+                self._file.truncate(size)
+                raise
+
+    def sync(self) -> None:
+        """Wait until the disk has every line: they survive a power cut from here on."""
+        with reported(self.path):
+            sync_file(self._file)
+
+    def close(self) -> None:
+        self._file.close()

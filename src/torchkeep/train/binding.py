@@ -1,0 +1,156 @@
+"""How a batch meets the model and the loss: which keys go in, under which names, and which are the truth."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..contracts import INDEX, VALID, Batch
+from ..data.foreign import TARGET_NAMES
+from ..errors import ModelError, SettingsError, nearest
+from ..model.describe import shape_text
+
+Keys = str | Sequence[str]
+Inputs = Keys | Callable[[Batch], Any]
+Call = Callable[[Batch], Any]
+
+_NOT_INPUT = (INDEX, VALID, "id")
+
+
+class Binding:
+    """Calls the model with a batch, and finds the targets in it.
+
+    ``call(batch)`` runs the model; ``target(batch)`` gives a tensor, a dict of them where there are several, or None.
+
+    Raises:  SettingsError for a key that the batch does not have, ModelError where the inputs cannot be matched
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        known_targets: Sequence[str] = (),
+        inputs: Inputs | None = None,
+        targets: Keys | None = None,
+        with_targets: bool = False,
+    ):
+        self.model = model
+        self._parameters = _forward_parameters(model)
+        keys = [name for name in batch if name not in _NOT_INPUT]
+        self.targets = _find_targets(batch, keys, known_targets, targets)
+        self.call, self.how = self._bind(batch, keys, inputs, with_targets)
+
+    def target(self, batch: Batch) -> Any:
+        """The truth of a batch."""
+        if len(self.targets) == 1:
+            return batch[self.targets[0]]
+        return {name: batch[name] for name in self.targets} if self.targets else None
+
+    def _bind(self, batch: Batch, keys: list[str], inputs: Inputs | None, with_targets: bool) -> tuple[Call, str]:
+        model = self.model
+        if callable(inputs):
+            return _bind_callable(model, inputs), "inputs=(a function)"
+        if inputs is None:
+            names = [name for name in keys if name not in self.targets and _can_feed(batch[name])] or self.targets
+        else:
+            names = [inputs] if isinstance(inputs, str) else list(inputs)
+            _check_keys(batch, names, "inputs")
+        keyword = self._keywords(names, with_targets)
+        if keyword is not None:
+            pairs = tuple(keyword.items())
+            return (lambda batch: model(**{word: batch[name] for word, name in pairs})), ", ".join(
+                f"{word}={name}" for word, name in pairs
+            )
+        if len(names) == 1:
+            only = names[0]
+            return (lambda batch: model(batch[only])), only
+        if inputs is not None and not isinstance(inputs, str):
+            return (lambda batch: model(*[batch[name] for name in names])), ", ".join(names)
+        if len(_required(self._parameters)) == 1:
+            return (lambda batch: model({name: batch[name] for name in names})), f"a dict of {', '.join(names)}"
+        raise ModelError(
+            "the batch's keys do not fit the model's forward",
+            where=type(model).__name__,
+            got=f"{', '.join(names) or 'no inputs'}",
+            expected=f"forward({', '.join(self._parameters)})",
+            fix='inputs=["first", "second"] gives them in order; inputs= also takes a function batch → (args, kwargs)',
+        )
+
+    def _keywords(self, names: list[str], with_targets: bool) -> dict[str, str] | None:
+        """Keyword → key, where the forward knows every name; the targets too where the model makes its own loss."""
+        known = self._parameters
+        if not names or any(name not in known for name in names):
+            return None
+        words = {name: name for name in names}
+        if with_targets:
+            for target in self.targets:
+                word = target if target in known else "labels" if target == "label" and "labels" in known else None
+                words |= {word: target} if word else {}
+        return words
+
+    def makes_own_loss(self) -> bool:
+        """Whether the model's forward takes the targets, as models that return ``.loss`` do."""
+        return any(name in self._parameters for name in (*self.targets, "labels")) and bool(self.targets)
+
+
+def _bind_callable(model: nn.Module, inputs: Callable[[Batch], Any]) -> Call:
+    def call(batch: Batch) -> Any:
+        given = inputs(batch)
+        if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
+            args = given[0] if isinstance(given[0], tuple | list) else (given[0],)
+            return model(*args, **given[1])
+        if isinstance(given, tuple | list):
+            return model(*given)
+        return model(**given) if isinstance(given, Mapping) else model(given)
+
+    return call
+
+
+def _forward_parameters(model: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    try:
+        found = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return []
+    return [name for name, parameter in found.items() if parameter.kind in kinds]
+
+
+def _required(names: list[str]) -> list[str]:
+    return names[:1] if len(names) == 1 else names
+
+
+def _can_feed(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, dict) and all(_can_feed(item) for item in value.values()))
+
+
+def _find_targets(batch: Batch, keys: list[str], known: Sequence[str], targets: Keys | None) -> list[str]:
+    if targets is not None:
+        names = [targets] if isinstance(targets, str) else list(targets)
+        _check_keys(batch, names, "targets")
+        return names
+    found = [name for name in known if name in keys]
+    return found or [name for name in TARGET_NAMES if name in keys][:1]
+
+
+def _check_keys(batch: Batch, names: Sequence[str], what: str) -> None:
+    for name in names:
+        if name not in batch:
+            raise SettingsError(
+                "the batch has no such key",
+                where=f"{what}={names!r}",
+                got=repr(name),
+                expected=f"one of {', '.join(batch)}",
+                fix=nearest(name, list(batch)),
+            )
+
+
+def batch_text(batch: Batch) -> str:
+    """A batch in words: keys, shapes and types."""
+    parts = []
+    for name, value in batch.items():
+        dtype = f" {str(value.dtype).removeprefix('torch.')}" if isinstance(value, Tensor) else ""
+        parts.append(f"{name}{dtype} {shape_text(value) or type(value).__name__}")
+    return ", ".join(parts)

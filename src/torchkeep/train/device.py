@@ -1,0 +1,116 @@
+"""The device, the precision, and a batch's way there: images become numbers once, on the device."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import INDEX, Batch, Preprocess, Schema
+from ..errors import SettingsError
+from .decisions import Decisions
+from .recipe import TrainSettings
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(settings: TrainSettings, decisions: Decisions) -> torch.device:
+    """The device to train on.
+
+    Raises:  SettingsError if the device that is set is not there
+    """
+    if settings.device != "auto":
+        return _existing(settings.device)
+    if torch.cuda.is_available():
+        found, reason = "cuda", torch.cuda.get_device_name()
+    elif torch.backends.mps.is_available():
+        found, reason = "mps", "Apple's GPU"
+    else:
+        found, reason = "cpu", "no accelerator was found"
+    decisions.note("device", found, reason, "train.device")
+    return torch.device(found)
+
+
+def _existing(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            "this device is not there",
+            where="recipe: train.device",
+            got=f"{name!r} ({str(error).splitlines()[0]})",
+            expected="auto, cpu" + (", cuda" if torch.cuda.is_available() else ""),
+        ) from None
+    return device
+
+
+def choose_precision(settings: TrainSettings, device: torch.device, decisions: Decisions) -> str:
+    """fp32, bf16 or fp16. On a CPU "auto" is fp32: bf16 is faster there only on some."""
+    if settings.precision != "auto":
+        return settings.precision
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    value, reason = ("bf16", "the GPU computes in it") if has_bf16 else ("fp32", f"the safe one on {device.type}")
+    return str(decisions.choose("precision", value, reason, "train.precision"))
+
+
+def choose_threads(settings: TrainSettings, decisions: Decisions) -> int:
+    """Set torch's threads on the CPU; the number changes bits, so a resume takes the recorded one."""
+    if settings.threads is not None:
+        threads = settings.threads
+    else:
+        now = torch.get_num_threads()
+        threads = int(decisions.choose("threads", now, "torch's own choice here", "train.threads"))
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    return threads
+
+
+def autocast(precision: str, device: torch.device) -> Any:
+    """The context of a forward: nothing for fp32, torch's autocast else."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, _DTYPES[precision])
+
+
+def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
+    """fp16 gradients underflow without one (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2)."""
+    return torch.amp.GradScaler(device.type) if precision == "fp16" else None
+
+
+class Mover:
+    """Takes batches to the device; uint8 images become normalised float32 there, once."""
+
+    def __init__(self, device: torch.device, schema: Schema):
+        self.device = device
+        self._stays = device.type == "cpu"
+        self._images = [name for name, field in schema.items() if field.kind == "image"]
+        self._scale: Tensor | None = None
+        if self._images and schema.preprocess is not None:
+            self._scale, self._shift = _scale_and_shift(schema.preprocess, device)
+
+    def __call__(self, batch: Batch) -> Batch:
+        if not self._stays:
+            batch = {name: self._moved(name, value) for name, value in batch.items()}
+        if self._images and self._scale is not None:
+            batch = dict(batch)
+            for name in self._images:
+                image = batch.get(name)
+                if isinstance(image, Tensor) and not image.is_floating_point():
+                    batch[name] = image.float().mul_(self._scale).sub_(self._shift)
+        return batch
+
+    def _moved(self, name: str, value: Any) -> Any:
+        if isinstance(value, Tensor) and name != INDEX:
+            return value.to(self.device, non_blocking=True)
+        if isinstance(value, dict):
+            return {inner: self._moved(inner, item) for inner, item in value.items()}
+        return value
+
+
+def _scale_and_shift(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    # (x / 255 - mean) / std as x × scale - shift: one multiplication and one subtraction in place
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
+    return (1 / (255 * std)).float().to(device), (mean / std).float().to(device)

@@ -1,0 +1,86 @@
+"""One pass over a split: the mean loss and the metrics, with nothing of the training changed by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import gradients
+from ..contracts import INDEX, Batch
+from ..data.foreign import kept_generators
+from ..model.freeze import evaluating
+from .binding import Binding
+from .device import Mover, autocast
+from .metrics import Adapted, Metric
+from .objective import Objective, prediction_of
+from .optim import Average
+from .step import Stepper, UserStep, split_logged
+
+
+class Evaluation:
+    """Evaluates the model as it is now, with its moving average where there is one.
+
+    ``evaluation(loader, "valid")`` → ``{"valid/loss": …, "valid/accuracy": …}``
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        objective: Objective,
+        mover: Mover,
+        metrics: Sequence[Metric | Adapted],
+        *,
+        precision: str = "fp32",
+        average: Average | None = None,
+        user_step: UserStep | None = None,
+        stepper: Stepper | None = None,
+    ):
+        self._binding, self._objective, self._mover = binding, objective, mover
+        self._metrics, self._precision, self.average = metrics, precision, average
+        self._user_step, self._stepper = user_step, stepper
+
+    def __call__(self, loader: Iterable[Batch], split: str) -> dict[str, float]:
+        for metric in self._metrics:
+            metric.reset()
+        losses: list[Tensor] = []
+        counts: list[int] = []
+        if self.average is not None:
+            self.average.swap()
+        try:
+            with kept_generators(), evaluating(self._binding.model), gradients.none_needed():
+                for batch in loader:
+                    losses.append(self._measure(batch))
+                    counts.append(len(batch[INDEX]))
+        finally:
+            if self.average is not None:
+                self.average.swap()
+        values = torch.stack(losses).double().cpu().tolist()
+        loss = sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+        measured = {metric.name: metric.compute() for metric in self._metrics if self._has_seen(metric)}
+        return {f"{split}/{name}": value for name, value in {"loss": loss, **measured}.items()}
+
+    def _measure(self, batch: Batch) -> Tensor:
+        moved = self._mover(batch)
+        with autocast(self._precision, self._mover.device):
+            if self._user_step is not None:
+                return self._own(self._user_step, moved)
+            output = self._binding.call(moved)
+            target = self._binding.target(moved)
+            loss = self._objective(output, target)
+        for metric in self._metrics:
+            metric.update(prediction_of(output), target)
+        return loss
+
+    def _own(self, user_step: UserStep, batch: Batch) -> Tensor:
+        assert self._stepper is not None
+        logged = user_step(self._binding.model, batch, self._stepper.context(training=False))
+        loss, _ = split_logged(logged)
+        if isinstance(logged, dict) and "output" in logged and "target" in logged:
+            for metric in self._metrics:
+                metric.update(prediction_of(logged["output"]), logged["target"])
+        return loss
+
+    def _has_seen(self, metric: Metric | Adapted) -> bool:
+        return not isinstance(metric, Metric) or metric.state_dict()["total"] is not None

@@ -1,0 +1,442 @@
+"""The training: epochs of steps, log points, evaluations and checkpoints, from any saved moment on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..contracts import INDEX, Batch, Clock
+from ..data.loader import Loader
+from ..errors import CheckpointError, Interrupted, NonFiniteLossError, PreemptedError
+from ..keep.checkpoint import Checkpoints, Saved
+from ..keep.stopping import EarlyStopping, is_better
+from ..model.freeze import begin_training
+from ..watch.console import Console
+from ..watch.records import Recorder
+from .evaluate import Evaluation
+from .metrics import Adapted, Metric
+from .optim import Average
+from .recipe import RunSettings
+from .step import Stepper, StepResult
+
+_TICK_S = 0.25  # between two looks at the bar and the clock on the wall
+_RATE_EVERY_S = 2.0
+_SHORT_EPOCH_S = 10.0
+
+
+@dataclass
+class Window:
+    """The steps since the last log point: their losses, still on the device, and their samples."""
+
+    values: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    extras: dict[str, list[float]] = field(default_factory=dict)
+    _losses: list[Tensor] = field(default_factory=list)
+    _extras: list[dict[str, Tensor]] = field(default_factory=list)
+    _batches: list[list[Batch]] = field(default_factory=list)
+
+    def add(self, result: StepResult, batches: list[Batch]) -> None:
+        self._losses.append(result.loss)
+        self._batches.append(batches)
+        self.counts.append(result.samples)
+        if result.extras:
+            self._extras.append(result.extras)
+
+    def read(self, step: int) -> None:
+        """Bring the losses from the device: the only wait between two log points.
+
+        Raises:  NonFiniteLossError naming the first step whose loss is not a number, and its samples
+        """
+        if not self._losses:
+            return
+        values = torch.stack(self._losses).double().cpu().tolist()
+        for number, value in enumerate(values):
+            if not math.isfinite(value):
+                bad = step - len(values) + number + 1
+                raise _non_finite(value, bad, self._batches[number])
+        self.values += values
+        for name in self._extras[0] if self._extras else ():
+            read = torch.stack([row[name].double() for row in self._extras if name in row]).cpu().tolist()
+            self.extras.setdefault(name, []).extend(read)
+        self._losses, self._extras, self._batches = [], [], []
+
+    def sums(self) -> tuple[float, int]:
+        """The loss summed over samples, and the samples. The same whenever the values were read."""
+        return sum(v * n for v, n in zip(self.values, self.counts, strict=True)), sum(self.counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": list(self.values), "counts": list(self.counts), "extras": dict(self.extras)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values, self.counts, self.extras = state["values"], state["counts"], state["extras"]
+
+
+def _non_finite(value: float, step: int, batches: list[Batch]) -> NonFiniteLossError:
+    ids = [int(i) for batch in batches for i in batch[INDEX]]
+    shown = ", ".join(map(str, ids[:16])) + (f" … ({len(ids)} in all)" if len(ids) > 16 else "")
+    return NonFiniteLossError(
+        f"the loss became {value}",
+        where=f"step {step}",
+        got=f"samples {shown}",
+        expected="a finite loss",
+        fix="a lower optimizer.learning_rate, train.clip_norm = 1.0, or a look at these samples; "
+        "the last good checkpoint stays",
+    )
+
+
+@dataclass
+class Best:
+    """The best evaluation so far."""
+
+    step: int = 0
+    epoch: int = 0
+    value: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Signals:
+    """Ctrl-C and SIGTERM ask for an end at the next step; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+
+class Training:
+    """One run under way. Its state is all that decides its further course."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        clock: Clock,
+        stepper: Stepper,
+        evaluation: Evaluation,
+        loader: Loader,
+        valid: Loader | None,
+        *,
+        total_steps: int,
+        log_every: int,
+        best_metric: str | None,
+        stopper: EarlyStopping | None,
+        average: Average | None,
+        train_metrics: list[Metric | Adapted],
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+        console: Console,
+        signals: Signals,
+    ):
+        self.settings, self.clock, self.stepper, self.evaluation = settings, clock, stepper, evaluation
+        self.loader, self.valid, self.total_steps, self.log_every = loader, valid, total_steps, log_every
+        self.best_metric, self.stopper, self.average = best_metric, stopper, average
+        self.train_metrics, self.checkpoints, self.recorder = train_metrics, checkpoints, recorder
+        self.console, self.signals = console, signals
+        self.best = Best()
+        self.history: list[dict[str, Any]] = []
+        self.metrics: dict[str, float] = {}
+        self.window = Window()
+        self._epoch_loss, self._epoch_samples = 0.0, 0
+        self._next_log = log_every
+        self._trained_s, self._trained_samples = 0.0, 0
+        every = settings.checkpoint.every
+        self._save_steps = every if isinstance(every, int) else None
+        self._save_period_s = settings.checkpoint.period_s()
+        self._last_save = self._next_tick = self._rate_since = time.perf_counter()
+        self._rate_samples, self._rate = 0, 0.0
+
+    @property
+    def rate(self) -> float:
+        """Samples trained on a second, evaluation and saving left out."""
+        return self._trained_samples / self._trained_s if self._trained_s else 0.0
+
+    @property
+    def trained_s(self) -> float:
+        return self._trained_s
+
+    def run(self) -> str:
+        """Train to the end; why it ended: "finished" or "stopped early".
+
+        Raises:  Interrupted or PreemptedError after saving, NonFiniteLossError without
+        """
+        epochs = self.settings.train.epochs
+        steps_per_epoch = math.ceil(len(self.loader) / self.settings.train.accumulate)
+        self.console.start(self.total_steps, self.clock.step, steps_per_epoch, epochs)
+        begin_training(self.stepper.model)
+        with self.signals:
+            if self.clock.step == 0:
+                self.save()  # a full disk is found now, and a kill before the first save loses nothing
+            while self.clock.epoch < epochs and self.clock.step < self.total_steps and not self._is_stopped:
+                started = time.perf_counter()
+                finished = self._epoch()
+                self._end_epoch(finished, time.perf_counter() - started)
+            if self.checkpoints.has_held or self._last_saved_step != self.clock.step:
+                self.save()
+        return "stopped early" if self._is_stopped else "finished"
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self.stopper is not None and self.stopper.should_stop
+
+    def _epoch(self) -> bool:
+        """Steps up to the epoch's end, or to the last step; whether the epoch was finished."""
+        clock, stepper, window, limit = self.clock, self.stepper, self.window, self.total_steps
+        begun, samples = time.perf_counter(), clock.samples
+        last_of_epoch = (clock.epoch + 1) * math.ceil(len(self.loader) / self.settings.train.accumulate)
+        for batches in self._groups():
+            result = stepper(batches)
+            clock.step += 1
+            clock.samples += result.samples
+            window.add(result, batches)
+            now = time.perf_counter()
+            if clock.step >= self._next_log:
+                self._log_point()
+            if now >= self._next_tick:
+                self._tick(now)
+            if clock.step == last_of_epoch:
+                continue  # what is due is done after the evaluation
+            if self.signals.asked is not None:
+                self._leave()
+            if self._is_save_due(now):
+                self.save()
+            if clock.step >= limit:
+                break
+        self._trained_s += time.perf_counter() - begun
+        self._trained_samples += clock.samples - samples
+        return clock.step == last_of_epoch
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """The batches of one update: one, or ``accumulate`` of them."""
+        size = self.settings.train.accumulate
+        group: list[Batch] = []
+        for batch in self.loader:
+            group.append(batch)
+            if len(group) == size:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _log_point(self) -> None:
+        """Read what lies on the device and record it. Log points follow steps, never time."""
+        self._next_log = (self.clock.step // self.log_every + 1) * self.log_every
+        self.window.read(self.clock.step)
+        total, samples = self.window.sums()
+        if not samples:
+            return
+        self._epoch_loss += total
+        self._epoch_samples += samples
+        values = {"train/loss": total / samples, **self.stepper.optimizers.rates()}
+        values |= {f"train/{name}": sum(read) / len(read) for name, read in self.window.extras.items()}
+        self.metrics["train/loss"] = values["train/loss"]
+        self._record("scalars", values=values)
+        self.window.values, self.window.counts, self.window.extras = [], [], {}
+
+    def _record(self, kind: str, **payload: Any) -> None:
+        clock = self.clock
+        self.recorder.log(kind, step=clock.step, samples=clock.samples, epoch=clock.epoch, **payload)
+
+    def _tick(self, now: float) -> None:
+        self._next_tick = now + _TICK_S
+        passed = now - self._rate_since
+        if passed >= _RATE_EVERY_S or not self._rate:
+            self._rate = (self.clock.samples - self._rate_samples) / passed if self._rate_samples else 0.0
+            self._rate_since, self._rate_samples = now, self.clock.samples
+            if self._rate:
+                self._record("timing", values={"samples_per_s": round(self._rate, 1)})
+        self.console.progress(self.clock.step, self.clock.epoch, self._rate, self.metrics)
+
+    def _is_save_due(self, now: float) -> bool:
+        if self._save_steps is not None:
+            return self.clock.step % self._save_steps == 0
+        return self._save_period_s is not None and now - self._last_save >= self._save_period_s
+
+    def _end_epoch(self, finished: bool, elapsed_s: float) -> None:
+        """Evaluate, then let schedule, stopper and best know, then save: one state, of one step."""
+        self._log_point()
+        mean = self._epoch_loss / self._epoch_samples if self._epoch_samples else math.nan
+        self._epoch_loss, self._epoch_samples = 0.0, 0
+        if finished:
+            self.clock.epoch += 1
+        measured = {"train/loss": mean, **self._read_train_metrics()}
+        if self.valid is not None:
+            measured |= self.evaluation(self.valid, "valid")
+            self._record("scalars", values={k: v for k, v in measured.items() if k != "train/loss"})
+        self.metrics = dict(measured)
+        self.stepper.optimizers.after_epoch(measured.get(self.best_metric or "train/loss"))
+        if self.stopper is not None:
+            self.stopper.update(measured)
+        is_best = self._note_best(measured)
+        row = {"epoch": self.clock.epoch, "step": self.clock.step, "samples": self.clock.samples, "metrics": measured}
+        self.history.append(row)
+        number = self.clock.epoch - 1 if finished else self.clock.epoch
+        self.console.epoch(number, self.settings.train.epochs, measured, elapsed_s, is_best)
+        self._save_after_epoch(is_best)
+        if self.signals.asked is not None:
+            self._leave()
+
+    def _read_train_metrics(self) -> dict[str, float]:
+        values = {f"train/{metric.name}": metric.compute() for metric in self.train_metrics}
+        for metric in self.train_metrics:
+            metric.reset()
+        if values:
+            self._record("scalars", values=values)
+        return values
+
+    def _note_best(self, measured: dict[str, float]) -> bool:
+        # without a validation split no epoch is called the best: the training loss would only name the last
+        value = measured.get(self.best_metric, math.nan) if self.best_metric else math.nan
+        if not is_better(value, self.best.value, self.checkpoints.mode):
+            return False
+        self.best = Best(self.clock.step, self.clock.epoch, value, dict(measured))
+        return True
+
+    def _save_after_epoch(self, is_best: bool) -> None:
+        now = time.perf_counter()
+        by_epoch = self.settings.checkpoint.every == "epoch"
+        if (by_epoch and now - self._last_save >= _SHORT_EPOCH_S) or (not by_epoch and self._is_save_due(now)):
+            self.save()
+        elif is_best and self.settings.checkpoint.keep_best:
+            self.checkpoints.hold(self.clock.step, self.state_dict(), self.metrics)
+
+    def save(self) -> None:
+        """A durable checkpoint of this step, with the records up to here made durable before it."""
+        self.window.read(self.clock.step)
+        at_epoch_end = bool(self.history) and self.history[-1]["step"] == self.clock.step
+        self.recorder.flush(durable=True)
+        self.checkpoints.save(self.clock.step, self.state_dict(), self.metrics if at_epoch_end else {})
+        self._last_saved_step = self.clock.step
+        self._last_save = time.perf_counter()
+
+    def _leave(self) -> None:
+        if self._last_saved_step != self.clock.step:
+            self.save()
+        what = f"after step {self.clock.step}; the state is saved in {self.checkpoints.folder.parent}"
+        if self.signals.asked == signal.SIGTERM:
+            raise PreemptedError(f"preempted {what}", fix="torchkeep resume, or the same command with --resume auto")
+        raise Interrupted(f"interrupted {what}")
+
+    _last_saved_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the further course, as JSON values and tensors."""
+        return {
+            "model": dict(self.stepper.model.state_dict()),
+            "optimizer": {
+                **self.stepper.optimizers.state_dict(),
+                "average": self.average.state_dict() if self.average else None,
+            },
+            "rng": generator_states(),
+            "clock": self.clock.state_dict(),
+            "loader": self.loader.state_dict(),
+            "stopper": self.stopper.state_dict() if self.stopper else None,
+            "best": {**vars(self.best)},
+            "history": self.history,
+            "metrics": self.metrics,
+            "window": self.window.state_dict(),
+            "epoch_loss": [self._epoch_loss, self._epoch_samples],
+            "train_metrics": [metric.state_dict() for metric in self.train_metrics],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the run that was saved.
+
+        Raises:  CheckpointError where model, optimiser or data are not those of the checkpoint
+        """
+        load_model(self.stepper.model, state["model"])
+        self.stepper.optimizers.load_state_dict(state["optimizer"])
+        if self.average is not None and state["optimizer"]["average"]:
+            self.average.load_state_dict(state["optimizer"]["average"])
+        self.clock.load_state_dict(state["clock"])
+        self.loader.load_state_dict(state["loader"])
+        if self.stopper is not None and state["stopper"]:
+            self.stopper.load_state_dict(state["stopper"])
+        self.best = Best(**state["best"])
+        self.history, self.metrics = state["history"], state["metrics"]
+        self.window.load_state_dict(state["window"])
+        self._epoch_loss, self._epoch_samples = state["epoch_loss"]
+        for metric, saved in zip(self.train_metrics, state["train_metrics"], strict=True):
+            metric.load_state_dict(saved)
+        self._next_log = (self.clock.step // self.log_every + 1) * self.log_every
+        self._last_saved_step = self.clock.step
+        set_generator_states(state["rng"])  # last: nothing after this may draw
+
+
+def load_model(model: torch.nn.Module, tensors: dict[str, Any]) -> None:
+    """Put saved parameters and buffers into a model.
+
+    Raises:  CheckpointError naming what is missing, unexpected or of another shape
+    """
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            "the model is not that of the checkpoint",
+            where=type(model).__name__,
+            got="; ".join(line.strip() for line in str(error).splitlines()[1:4]),
+            expected="the same parameter names and shapes",
+            fix="build the same model, or train in another run folder",
+        ) from None
+
+
+def generator_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, every device's included."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())
+    return {
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "numpy": {
+            "name": name,
+            "keys": torch.from_numpy(keys.astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+    }
+
+
+def set_generator_states(state: dict[str, Any]) -> None:
+    """Put every generator where it was."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # another number of devices: resume has said so
+            torch.cuda.set_rng_state_all(state["cuda"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+def load_saved(training: Training, saved: Saved) -> None:
+    """Go on from a checkpoint."""
+    training.load_state_dict(training.checkpoints.load(saved))

@@ -1,0 +1,215 @@
+"""The loss: by name, as a module or as a callable; and what of an output is the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ModelError, SettingsError, nearest
+from ..model.describe import shape_text
+from .binding import Binding
+
+Loss = Callable[..., Tensor]
+_IGNORED = -100  # torch's own label for "no target here"
+
+
+def prediction_of(output: Any) -> Any:
+    """The logits or numbers of an output: itself, its ``.logits``, its first part."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is not None:
+        return logits
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def own_loss_of(output: Any) -> Tensor | None:
+    """The loss that a model has put into its output."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
+class Objective:
+    """``objective(output, target)`` → loss (); ``count(target)`` → how many targets it is the mean of."""
+
+    def __init__(self, name: str, loss: Loss | None):
+        self.name = name
+        self._loss = loss
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        if self._loss is None:
+            return self._from_output(output)
+        if isinstance(output, Tensor) or self.name == "own":
+            return self._loss(output) if target is None else self._loss(output, target)
+        return self._loss(prediction_of(output), target)
+
+    def _from_output(self, output: Any) -> Tensor:
+        loss = own_loss_of(output)
+        if loss is None:
+            raise ModelError(
+                "this model's output has no .loss",
+                where="loss",
+                got=shape_text(output) or type(output).__name__,
+                expected="an output with .loss, or a loss",
+                fix='loss="cross_entropy", or any function (output, target) → loss',
+            )
+        return loss
+
+    @staticmethod
+    def count(target: Any, batch_size: int) -> int | Tensor:
+        """How many targets a mean runs over: tokens where labels are ignored, samples else."""
+        if isinstance(target, Tensor) and target.ndim >= 2 and not target.is_floating_point():
+            return (target != _IGNORED).sum()
+        return batch_size
+
+
+def choose_objective(
+    loss: Any, binding: Binding, batch_target: Any, class_weights: list[float] | None, label_smoothing: float
+) -> tuple[Objective, str]:
+    """The objective, and the reason where it was chosen.
+
+    Raises:  SettingsError for an unknown name, or for settings that only cross_entropy has
+    """
+    if callable(loss):
+        _only_cross_entropy("own", class_weights, label_smoothing)
+        return Objective("own", loss), "as given"
+    name, reason = (loss, "as set") if loss not in (None, "auto") else _name_for(binding, batch_target)
+    if name not in _NAMED:
+        raise SettingsError(
+            "there is no such loss",
+            where="train.loss",
+            got=repr(loss),
+            expected=f"one of {', '.join(_NAMED)}, or a callable in Python",
+            fix=nearest(str(loss), list(_NAMED)),
+        )
+    if name != "cross_entropy":
+        _only_cross_entropy(name, class_weights, label_smoothing)
+    if name == "output.loss":
+        return Objective(name, None), reason
+    if name == "cross_entropy":
+        weight = torch.tensor(class_weights) if class_weights else None
+        return Objective(name, _CrossEntropy(weight, label_smoothing)), reason
+    return Objective(name, _NAMED[name]), reason
+
+
+def _name_for(binding: Binding, target: Any) -> tuple[str, str]:
+    if binding.makes_own_loss():
+        return "output.loss", "the model takes the targets itself"
+    if isinstance(target, Tensor):
+        if target.is_floating_point():
+            return "mse", "the target is a number"
+        return "cross_entropy", "the target is a class"
+    return "output.loss", "there is no target"
+
+
+def _only_cross_entropy(name: str, class_weights: list[float] | None, label_smoothing: float) -> None:
+    if class_weights or label_smoothing:
+        raise SettingsError(
+            "class weights and label smoothing belong to cross_entropy",
+            where="train.class_weights" if class_weights else "train.label_smoothing",
+            got=f"loss {name}",
+            expected="cross_entropy",
+        )
+
+
+class _CrossEntropy(nn.Module):
+    """Shapes:  logits (B, K, …), target int64 (B, …) or probabilities (B, K, …) → ()"""
+
+    def __init__(self, weight: Tensor | None, label_smoothing: float):
+        super().__init__()
+        self.weight = weight
+        self.label_smoothing = label_smoothing
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.weight is not None and self.weight.device != output.device:
+            self.weight = self.weight.to(output.device)
+        if output.ndim == 3 and target.ndim == 2:  # (B, T, K) of a language model
+            output = output.transpose(1, 2)
+        return F.cross_entropy(output, target, self.weight, label_smoothing=self.label_smoothing)
+
+
+def _binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    output = aligned(output, target)
+    return F.binary_cross_entropy_with_logits(output, target.to(output.dtype))
+
+
+def _mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    output = aligned(output, target)
+    return F.mse_loss(output, target.to(output.dtype))
+
+
+def aligned(output: Tensor, target: Tensor) -> Tensor:
+    """``output`` in the target's shape: (B, 1) becomes (B,).
+
+    Raises:  ModelError where the shapes only broadcast: the mean over a (B, B) table is nobody's loss
+    """
+    if output.shape == target.shape:
+        return output
+    if output.ndim == target.ndim + 1 and output.shape[-1] == 1 and output.shape[:-1] == target.shape:
+        return output.squeeze(-1)
+    raise ModelError(
+        "the model's output and the target have different shapes",
+        where="loss",
+        got=f"output {tuple(output.shape)}",
+        expected=f"target {tuple(target.shape)}",
+    )
+
+
+_NAMED: dict[str, Any] = {
+    "cross_entropy": _CrossEntropy,
+    "binary_cross_entropy": _binary_cross_entropy,
+    "mse": _mean_squared_error,
+    "output.loss": None,
+}
+
+
+def check_fit(objective: Objective, output: Any, target: Any, num_classes: int, where: str) -> None:
+    """Whether a first output can meet its targets, before anything is written.
+
+    Raises:  ModelError with both shapes
+    """
+    prediction = prediction_of(output)
+    if objective.name == "output.loss":
+        objective(output, target)
+        return
+    if objective.name == "own":
+        return
+    if not isinstance(prediction, Tensor) or not isinstance(target, Tensor):
+        raise ModelError(
+            "this loss needs one output and one target",
+            where=where,
+            got=f"output {shape_text(output) or type(output).__name__}, target {shape_text(target) or 'none'}",
+            expected="tensors",
+            fix="loss= takes any function (output, target) → loss; targets= names the target's key",
+        )
+    if objective.name == "cross_entropy":
+        _check_classes(prediction, target, num_classes, where)
+    else:
+        aligned(prediction, target)
+
+
+def _check_classes(prediction: Tensor, target: Tensor, num_classes: int, where: str) -> None:
+    classes_axis = -1 if prediction.ndim == 3 and target.ndim == 2 else 1
+    if target.is_floating_point():
+        fits = prediction.shape == target.shape
+        got, expected = f"output {tuple(prediction.shape)}", f"target {tuple(target.shape)}"
+    else:
+        width = prediction.shape[classes_axis] if prediction.ndim > 1 else 0
+        needed = max(num_classes, int(target.max()) + 1 if target.numel() else 0)
+        fits = prediction.ndim == target.ndim + 1 and width >= needed and width > 0
+        if num_classes and width != num_classes:
+            fits = False
+        got = f"output {tuple(prediction.shape)} for target {tuple(target.shape)}"
+        expected = f"{num_classes or needed} classes: (B, {num_classes or needed})"
+    if not fits:
+        raise ModelError(
+            "the model's output does not fit the classes",
+            where=where,
+            got=got,
+            expected=expected,
+            fix="make the last layer as wide as there are classes (a recipe's function gets num_classes)",
+        )

@@ -1,0 +1,300 @@
+"""The optimisers and their rates. ``rate_factor`` is a pure function of the step; only ``Optimizers`` assigns rates."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field as Setting
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, SettingsError
+from ..model.freeze import learning
+from ..settings import Settings
+from ..usercode import is_reference
+
+Schedule = Literal["constant", "linear", "cosine", "one_cycle"]
+RateFactor = Callable[[int, int], float]
+
+# the shape of torch.optim.lr_scheduler.OneCycleLR's defaults
+_ONE_CYCLE_START = 1 / 25
+_ONE_CYCLE_END = 1 / 25e4
+_ONE_CYCLE_RISE = 0.3
+
+
+class OptimizerSettings(Settings):
+    """[optimizer]: the update, its rate over time, and weight decay."""
+
+    name: str = "adamw"
+    """"adamw", "sgd", or file.py:function(model) that gives an optimiser."""
+    learning_rate: float = Setting(default=1e-3, gt=0)
+    """The rate; the peak of it where the schedule rises and falls."""
+    weight_decay: float = Setting(default=0.01, ge=0)
+    """Decoupled decay for AdamW, L2 for SGD."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays: "matrices" leaves out biases and normalisation (every parameter of fewer than 2 dimensions)."""
+    momentum: float = Setting(default=0.9, ge=0, lt=1)
+    """SGD's momentum."""
+    nesterov: bool = False
+    """SGD's look-ahead."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging of the gradient and of its square."""
+    eps: float = Setting(default=1e-8, gt=0)
+    """AdamW's guard against division by zero."""
+    schedule: Schedule = "constant"
+    """The rate over the steps: "constant", "linear" or "cosine" to zero, "one_cycle"."""
+    warmup: float = Setting(default=0.0, ge=0)
+    """Linear rise at the start: a number of steps, or a share of the run where below 1; one_cycle rises over 0.3."""
+
+
+def rate_factor(step: int, total_steps: int, schedule: Schedule, warmup: float = 0.0) -> float:
+    """What the learning rate is multiplied by for the update after ``step`` updates.
+
+    Units:   1 is the set learning rate
+    Source:  one_cycle: Smith & Topin 2018 (arXiv 1708.07120) with cosine halves, as in torch's OneCycleLR
+    """
+    if schedule == "one_cycle":
+        return _one_cycle(step, total_steps, warmup or _ONE_CYCLE_RISE)
+    rise = warmup if warmup >= 1 else warmup * total_steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - rise) / max(1.0, total_steps - rise))
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _one_cycle(step: int, total_steps: int, warmup: float) -> float:
+    peak = max(1.0, warmup if warmup >= 1 else warmup * total_steps) - 1
+    if step <= peak:
+        return _between(_ONE_CYCLE_START, 1.0, step / max(1.0, peak))
+    return _between(1.0, _ONE_CYCLE_END, min(1.0, (step - peak) / max(1.0, total_steps - 1 - peak)))
+
+
+def _between(start: float, end: float, share: float) -> float:
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings, load: Callable[[str], Any]) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, fused where the parameters allow it.
+
+    Raises:  SettingsError if the name is unknown or nothing learns
+    """
+    if is_reference(settings.name):
+        return _checked(load(settings.name)(model), settings.name)
+    parameters = learning(model)
+    if not parameters:
+        raise SettingsError(
+            "nothing in this model learns",
+            where=type(model).__name__,
+            got="no parameter with requires_grad",
+            expected="at least one",
+        )
+    groups = _decay_groups(parameters, settings)
+    fused = can_fuse(parameters)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=fused or None
+        )
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            groups,
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            fused=fused or None,
+        )
+    raise SettingsError(
+        "there is no such optimiser",
+        where="recipe: optimizer.name",
+        got=repr(settings.name),
+        expected='"adamw", "sgd" or file.py:function',
+        fix="tk.fit(optimizer=…) takes any torch.optim.Optimizer",
+    )
+
+
+def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether one kernel can update all parameters: floating ones on devices that torch has it for."""
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in parameters)
+
+
+def _decay_groups(parameters: list[nn.Parameter], settings: OptimizerSettings) -> list[dict[str, Any]]:
+    if settings.decay == "all" or settings.weight_decay == 0:
+        return [{"params": parameters, "weight_decay": settings.weight_decay}]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _checked(optimizer: Any, where: str) -> torch.optim.Optimizer:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    raise SettingsError(
+        "this gives no optimiser", where=where, got=type(optimizer).__name__, expected="a torch.optim.Optimizer"
+    )
+
+
+def own_optimizers(given: Any, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """A user's optimiser, several by name, or a function of the model that gives either."""
+    if callable(given) and not isinstance(given, torch.optim.Optimizer):
+        given = given(model)
+    if isinstance(given, Mapping):
+        return {str(name): _checked(optimizer, f"optimizer[{name!r}]") for name, optimizer in given.items()}
+    return {"main": _checked(given, "tk.fit(optimizer=…)")}
+
+
+class Optimizers:
+    """One or several optimisers, their schedule and the scaler: everything that an update changes but the model."""
+
+    def __init__(
+        self,
+        by_name: dict[str, torch.optim.Optimizer],
+        factor: RateFactor | None,
+        total_steps: int,
+        scheduler: Any = None,
+        scheduler_every: Literal["step", "epoch"] = "step",
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        self.by_name = by_name
+        self.scaler = scaler
+        self._factor = factor
+        self._total_steps = total_steps
+        self._scheduler = scheduler
+        self._every = scheduler_every
+        self._scheduled: list[tuple[dict[str, Any], float]] = []
+        if factor is not None:
+            groups = [group for optimizer in by_name.values() for group in optimizer.param_groups]
+            self._scheduled = [(group, float(group.setdefault("initial_lr", group["lr"]))) for group in groups]
+        self.parameters = _distinct(by_name)
+
+    @property
+    def main(self) -> torch.optim.Optimizer:
+        return next(iter(self.by_name.values()))
+
+    def set_rates(self, step: int) -> None:
+        """Assign the rates for the update after ``step`` updates."""
+        if self._factor is None:
+            return
+        factor = self._factor(step, self._total_steps)
+        for group, rate in self._scheduled:
+            group["lr"] = rate * factor
+
+    def after_step(self) -> None:
+        """Advance a scheduler object that counts steps."""
+        if self._scheduler is not None and self._every == "step":
+            self._scheduler.step()
+
+    def after_epoch(self, metric: float | None) -> None:
+        """Advance a scheduler object that counts epochs, or one that watches a metric."""
+        if self._scheduler is None or self._every != "epoch":
+            return
+        wants_metric = "metrics" in inspect.signature(self._scheduler.step).parameters
+        if wants_metric and metric is not None:
+            self._scheduler.step(metric)
+        elif not wants_metric:
+            self._scheduler.step()
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each optimiser's first group, by tag."""
+        if len(self.by_name) == 1:
+            return {"train/learning_rate": float(self.main.param_groups[0]["lr"])}
+        return {f"train/learning_rate/{name}": float(o.param_groups[0]["lr"]) for name, o in self.by_name.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.by_name.items()},
+            "scheduler": _plain_state(self._scheduler) if self._scheduler is not None else None,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was saved.
+
+        Raises:  CheckpointError where the optimisers or their parameter groups are not the saved ones
+        """
+        if state["optimizers"].keys() != self.by_name.keys():
+            raise CheckpointError(
+                "the optimisers are not those of the checkpoint",
+                where="optimizer",
+                got=", ".join(self.by_name),
+                expected=", ".join(state["optimizers"]),
+            )
+        for name, saved in state["optimizers"].items():
+            try:
+                self.by_name[name].load_state_dict(saved)
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(
+                    "an optimiser does not fit the checkpoint", where=f"optimizer {name!r}", got=error
+                ) from error
+        if self._scheduler is not None and state["scheduler"] is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self._scheduled = [
+            (group, float(group["initial_lr"]))
+            for optimizer in self.by_name.values()
+            for group in optimizer.param_groups
+            if self._factor is not None
+        ]
+
+
+def _distinct(by_name: dict[str, torch.optim.Optimizer]) -> list[nn.Parameter]:
+    found: dict[int, nn.Parameter] = {}
+    for optimizer in by_name.values():
+        for group in optimizer.param_groups:
+            found |= {id(parameter): parameter for parameter in group["params"]}
+    return list(found.values())
+
+
+def _plain_state(scheduler: Any) -> dict[str, Any]:
+    # a scheduler keeps callables and counters of its own among its state
+    keep = (bool, int, float, str, list, tuple, dict, type(None))
+    state: dict[str, Any] = scheduler.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, keep) and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
+
+
+class Average:
+    """An exponential moving average of the parameters; buffers follow the model (Polyak & Juditsky 1992).
+
+    Evaluation and the best checkpoint's ``average`` use it: ``average = decay × average + (1 - decay) × parameters``.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self._live = [p for p in model.parameters() if p.is_floating_point()]
+        self._names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+        self._kept = [p.detach().clone() for p in self._live]
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self._kept, [p.detach() for p in self._live], 1.0 - self._decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averages and the model's parameters; a second call undoes it."""
+        for live, kept in zip(self._live, self._kept, strict=True):
+            held = live.detach().clone()
+            live.copy_(kept)
+            kept.copy_(held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip(self._names, self._kept, strict=True))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, kept in zip(self._names, self._kept, strict=True):
+            kept.copy_(state[name])

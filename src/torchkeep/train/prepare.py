@@ -1,0 +1,342 @@
+"""Everything a training needs, made and checked before the first file is written."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..contracts import Batch, Clock, Json, KeyedDataset, Schema
+from ..data.foreign import Foreign, kept_generators
+from ..data.loader import Loader
+from ..errors import ModelError, SettingsError
+from ..keep.checkpoint import Checkpoints
+from ..keep.stopping import EarlyStopping, Mode, better_mode
+from ..model.freeze import evaluating
+from ..watch.console import Console
+from ..watch.records import Recorder
+from .binding import Binding, Inputs, Keys, batch_text
+from .decisions import Decisions
+from .device import Mover, autocast, choose_device, choose_precision, choose_threads, make_scaler
+from .evaluate import Evaluation
+from .loop import Signals, Training
+from .metrics import Adapted, Metric, make_metrics
+from .objective import Objective, check_fit, choose_objective
+from .optim import Average, Optimizers, make_optimizer, own_optimizers, rate_factor
+from .recipe import RunSettings
+from .step import Stepper, UserStep
+
+_LOG_EVERY = 50
+
+
+@dataclass
+class Work:
+    """What is to be trained: settings, a model, data, and a program's own objects in place of names."""
+
+    settings: RunSettings
+    model: nn.Module
+    train: KeyedDataset
+    valid: KeyedDataset | None = None
+    test: KeyedDataset | None = None
+    batch_size: int = 32
+    workers: int | Literal["auto"] = "auto"
+    last: Literal["keep", "drop"] = "keep"
+    loss: Any = None
+    metrics: Any = None
+    optimizer: Any = None
+    schedule: Any = None
+    schedule_every: Literal["step", "epoch"] = "step"
+    step: UserStep | None = None
+    inputs: Inputs | None = None
+    targets: Keys | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    load: Callable[[str], Any] = field(default=lambda name: None)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What names each split's content."""
+        splits = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: data.fingerprint() for name, data in splits.items() if data is not None}
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators: dropout and initial weights draw from them."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+class Prepared:
+    """A training without a folder yet: nothing has been written, everything has been tried.
+
+    Raises:  SettingsError, DataError or ModelError for whatever cannot work
+    """
+
+    def __init__(self, work: Work, decisions: Decisions):
+        self.work, self.decisions = work, decisions
+        train = work.settings.train
+        self.clock = Clock()
+        choose_threads(train, decisions)
+        self.device = choose_device(train, decisions)
+        self.precision = choose_precision(train, self.device, decisions)
+        torch.use_deterministic_algorithms(train.deterministic)
+        work.model.to(self.device)
+        self.loader = self._loader(work.train, shuffle=True, last=work.last)
+        self.valid = self._loader(work.valid) if work.valid is not None else None
+        self._note_feed()
+        if len(self.loader) == 0:
+            raise SettingsError(
+                "no batch is left of the training data",
+                where="data.last = 'drop'",
+                got=f"{len(work.train)} samples, batch_size {work.batch_size}",
+                expected="at least one whole batch",
+            )
+        batch = self.loader.peek()
+        self.mover = Mover(self.device, work.train.schema)
+        self._note_images(work.train.schema)
+        self.binding, self.objective = self._bind(batch)
+        self.metrics = make_metrics(work.metrics if work.metrics is not None else train.metrics)
+        if work.step is None:
+            self._try(batch)
+        per_epoch = -(-len(self.loader) // train.accumulate)
+        self.total_steps = min(per_epoch * train.epochs, train.max_steps or per_epoch * train.epochs)
+        self.optimizers = self._optimizers()
+        self.average = Average(work.model, train.ema) if train.ema else None
+        self.best_metric, self.best_mode = self._choose_best()
+        self.stopper = self._stopper()
+        every = work.settings.monitor.log_every or decisions.choose(
+            "log_every", _LOG_EVERY, "a log point each 50 steps and at each epoch's end", "monitor.log_every"
+        )
+        self.log_every = int(every)
+        self.train_metrics = self._make_train_metrics()
+        self.stepper = Stepper(
+            self.binding,
+            self.objective,
+            self.optimizers,
+            self.mover,
+            self.clock,
+            seed=work.settings.seed,
+            precision=self.precision,
+            clip_norm=train.clip_norm,
+            average=self.average,
+            metrics=self.train_metrics,
+            user_step=work.step,
+        )
+        self.evaluation = Evaluation(
+            self.binding,
+            self.objective,
+            self.mover,
+            self.metrics,
+            precision=self.precision,
+            average=self.average,
+            user_step=work.step,
+            stepper=self.stepper,
+        )
+
+    def _make_train_metrics(self) -> list[Metric | Adapted]:
+        train = self.work.settings.train
+        if not train.train_metrics or self.work.step is not None:
+            return []
+        given = self.work.metrics if self.work.metrics is not None else train.metrics
+        return make_metrics([name for name in given if isinstance(name, str)])
+
+    def _loader(self, data: KeyedDataset, *, shuffle: bool = False, last: Literal["keep", "drop"] = "keep") -> Loader:
+        work = self.work
+        return Loader(
+            data,
+            work.batch_size,
+            shuffle=shuffle,
+            collate=work.collate,
+            seed=work.settings.seed,
+            workers=work.workers,
+            last=last,
+        )
+
+    def evaluation_loader(self, data: KeyedDataset) -> Loader:
+        """A loader over a split, in order."""
+        return self._loader(data)
+
+    def _note_feed(self) -> None:
+        plan = self.loader.plan
+        value = plan.backend if not plan.workers else f"{plan.workers} {plan.backend}"
+        self.decisions.note("feeding", value, plan.reason, "data.workers")
+        data = self.work.train
+        if isinstance(data, Foreign) and not data.probe.repeatable:
+            self.decisions.note(
+                "resume", "best-effort", "the dataset draws from a generator of its own, which nobody can rewind", ""
+            )
+
+    def _note_images(self, schema: Schema) -> None:
+        seen = schema.preprocess
+        if seen is not None:
+            self.decisions.note(
+                "images", f"mean {seen.mean[0]:g}, std {seen.std[0]:g}", "x / 255, then these", "data.mean"
+            )
+
+    def _bind(self, batch: Batch) -> tuple[Binding, Objective]:
+        work, train = self.work, self.work.settings.train
+        loss = work.loss if work.loss is not None else train.loss
+        wants_own = loss in (None, "auto") if not callable(loss) else False
+        known = work.train.schema.targets
+        binding = Binding(work.model, batch, known, work.inputs, work.targets, with_targets=wants_own)
+        target = binding.target(batch) if work.step is None else None
+        objective, reason = choose_objective(loss, binding, target, train.class_weights, train.label_smoothing)
+        if work.step is None:
+            self.decisions.note("inputs", binding.how, f"forward of {type(work.model).__name__}", "inputs")
+            self.decisions.note("loss", objective.name, reason, "train.loss")
+        return binding, objective
+
+    def _try(self, batch: Batch) -> None:
+        """One forward on the first batch, leaving nothing behind: a misfit is said before a file is written."""
+        model = self.work.model
+        with kept_generators(), evaluating(model), torch.no_grad(), autocast(self.precision, self.device):
+            moved = self.mover(batch)
+            try:
+                output = self.binding.call(moved)
+            except Exception as error:
+                raise ModelError(
+                    "the model cannot take this batch",
+                    where=f"{type(model).__name__}, inputs {self.binding.how}",
+                    got=f"{type(error).__name__}: {error} - with {batch_text(batch)}",
+                    expected="a forward that takes the batch's inputs",
+                    fix="inputs= names the keys; torchkeep inspect shows each module's shapes",
+                ) from error
+            target = self.binding.target(moved)
+            schema = self.work.train.schema
+            classes = max([schema[name].num_classes for name in schema.targets] or [0])
+            self._check_weights(classes)
+            check_fit(self.objective, output, target, classes, f"{type(model).__name__}, loss {self.objective.name}")
+
+    def _check_weights(self, classes: int) -> None:
+        weights = self.work.settings.train.class_weights
+        if weights and classes and len(weights) != classes:
+            raise SettingsError(
+                "there is one weight for each class",
+                where="train.class_weights",
+                got=f"{len(weights)} weights",
+                expected=f"{classes}",
+            )
+
+    def _optimizers(self) -> Optimizers:
+        work, settings = self.work, self.work.settings.optimizer
+        if work.optimizer is not None and not isinstance(work.optimizer, str):
+            by_name = own_optimizers(work.optimizer, work.model)
+        else:
+            by_name = {"main": make_optimizer(work.model, settings, work.load)}
+            if settings.name in ("adamw", "sgd") and settings.weight_decay and settings.decay == "matrices":
+                self.decisions.note(
+                    "weight decay", "matrices only", "biases and normalisation are left out", "optimizer.decay"
+                )
+        scaler = make_scaler(self.precision, self.device)
+        factor, scheduler = None, None
+        if work.schedule is None or isinstance(work.schedule, str):
+            name, warmup = settings.schedule, settings.warmup
+            if name != "constant" or warmup:
+                factor = lambda step, total: rate_factor(step, total, name, warmup)  # noqa: E731
+        elif hasattr(work.schedule, "state_dict") and hasattr(work.schedule, "step"):
+            scheduler = work.schedule
+        elif _makes_scheduler(work.schedule):
+            scheduler = work.schedule(next(iter(by_name.values())))
+        else:
+            factor = work.schedule
+        return Optimizers(by_name, factor, self.total_steps, scheduler, work.schedule_every, scaler)
+
+    def _choose_best(self) -> tuple[str | None, Mode]:
+        chosen = self.work.settings.checkpoint
+        known = [f"valid/{name}" for name in ("loss", *(metric.name for metric in self.metrics))]
+        if self.valid is None:
+            if chosen.metric is not None:
+                raise SettingsError(
+                    "the best checkpoint is chosen on a validation split",
+                    where="checkpoint.metric",
+                    got=f"{chosen.metric!r} and no validation data",
+                    expected="data.valid or data.valid_fraction",
+                )
+            return None, "min"
+        if chosen.metric is not None and chosen.metric not in known and self.work.step is None:
+            raise SettingsError(
+                "this metric is not measured",
+                where="checkpoint.metric",
+                got=repr(chosen.metric),
+                expected=f"one of {', '.join(known)}",
+                fix="add it to train.metrics",
+            )
+        metric = chosen.metric or (known[1] if len(known) > 1 else known[0])
+        mode: Mode = better_mode(metric) if chosen.mode == "auto" else chosen.mode
+        if chosen.metric is None:
+            self.decisions.choose(
+                "best", f"{metric} ({mode})", "the first metric on the validation split", "checkpoint.metric"
+            )
+        return metric, mode
+
+    def _stopper(self) -> EarlyStopping | None:
+        chosen = self.work.settings.early_stopping
+        if chosen.patience is None:
+            return None
+        metric = chosen.metric or self.best_metric
+        if metric is None:
+            raise SettingsError(
+                "early stopping watches a validation split",
+                where="early_stopping.patience",
+                got="no validation data",
+                expected="data.valid or data.valid_fraction",
+            )
+        mode: Mode = better_mode(metric) if chosen.mode == "auto" else chosen.mode
+        return EarlyStopping(metric, mode, chosen.patience, chosen.min_delta)
+
+    def training(self, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals) -> Training:
+        """The training itself, once it has a folder."""
+        return Training(
+            self.work.settings,
+            self.clock,
+            self.stepper,
+            self.evaluation,
+            self.loader,
+            self.valid,
+            total_steps=self.total_steps,
+            log_every=self.log_every,
+            best_metric=self.best_metric,
+            stopper=self.stopper,
+            average=self.average,
+            train_metrics=self.train_metrics,
+            checkpoints=checkpoints,
+            recorder=recorder,
+            console=console,
+            signals=signals,
+        )
+
+    def close(self) -> None:
+        """End the loaders' workers."""
+        self.loader.close()
+        if self.valid is not None:
+            self.valid.close()
+
+
+def _makes_scheduler(schedule: Any) -> bool:
+    """A function of the optimiser, told from a function (step, total_steps) by how much it takes."""
+    import inspect
+
+    needed = [p for p in inspect.signature(schedule).parameters.values() if p.default is p.empty]
+    return len(needed) == 1
+
+
+def describe_object(value: Any) -> Json:
+    """A program's own object in words, for the record."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    name = getattr(value, "__qualname__", None) or type(value).__qualname__
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return f"{module}.{name}"
+
+
+def source_folder() -> Path:
+    """Where the running program lies: its repository's commit belongs to the run."""
+    import sys
+
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    return Path(main).resolve().parent if main else Path.cwd()

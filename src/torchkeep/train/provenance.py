@@ -1,0 +1,88 @@
+"""Where a run comes from: code, environment, hardware, command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ..contracts import Json
+
+_MAX_DIFF_BYTES = 1 << 20
+_PACKAGES = ("torchkeep", "torch", "numpy", "safetensors", "pyarrow", "opencv-python-headless", "simplejpeg", "pillow",
+             "transformers", "torchmetrics")  # fmt: skip
+
+
+def code_state(folder: Path) -> Json:
+    """The commit of the repository around ``folder``, its diff, and its untracked files by hash; None outside one."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if not top:
+        return None
+    diff = _git(folder, "diff", "HEAD", "--no-color") if commit else ""
+    untracked = _git(folder, "ls-files", "--others", "--exclude-standard", "-z", str(top))
+    names = [name for name in untracked.split("\0") if name][:1000]
+    return {
+        "commit": commit or None,
+        "diff": diff if len(diff) <= _MAX_DIFF_BYTES else diff[:_MAX_DIFF_BYTES],
+        "diff_is_whole": len(diff) <= _MAX_DIFF_BYTES,
+        "untracked": {name: _sha256(folder / name) for name in names},
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        if path.stat().st_size > _MAX_DIFF_BYTES:
+            return None
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def environment() -> Json:
+    """Versions and hardware: what a person compares when two runs differ."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def command() -> list[str]:
+    """The command that began the run."""
+    return list(sys.argv)

@@ -1,0 +1,239 @@
+"""One step: zero gradients, forward, loss, backward, update. Nothing here waits for the device (law 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import gradients
+from ..chance import ChanceKey, keyed_seed
+from ..contracts import INDEX, Batch, Clock
+from ..errors import ModelError
+from .binding import Binding
+from .device import Mover, autocast
+from .metrics import Adapted, Metric
+from .objective import Objective, prediction_of
+from .optim import Average, Optimizers
+
+UserStep = Callable[[nn.Module, Batch, "Context"], Any]
+
+
+@dataclass
+class Context:
+    """What a user's own step is told: where and when it is, and how to update.
+
+    ``backward(loss, optimizer)`` clears that optimiser's gradients, runs backward and updates its parameters, so that
+    several optimisers can take turns within one step; ``optimizer`` is a name, an optimiser, or left out where there
+    is one. During evaluation it does nothing.
+    """
+
+    device: torch.device
+    step: int
+    epoch: int
+    training: bool
+    seed: int
+    backward: Callable[..., None]
+    used_backward: bool = field(default=False, repr=False)
+
+    def generator(self, name: str = "step") -> torch.Generator:
+        """A torch generator keyed by (seed, step, name)."""
+        made = torch.Generator(self.device)
+        made.manual_seed(keyed_seed(ChanceKey(self.seed, self.step), name))
+        return made
+
+
+@dataclass
+class StepResult:
+    """What a step leaves on the device: the loss, and whatever else is to be logged."""
+
+    loss: Tensor
+    samples: int
+    extras: dict[str, Tensor] | None = None
+
+
+class Stepper:
+    """Takes a step with one batch, or with several micro-batches that make one update."""
+
+    def __init__(
+        self,
+        binding: Binding,
+        objective: Objective,
+        optimizers: Optimizers,
+        mover: Mover,
+        clock: Clock,
+        *,
+        seed: int = 0,
+        precision: str = "fp32",
+        clip_norm: float | None = None,
+        average: Average | None = None,
+        metrics: Sequence[Metric | Adapted] = (),
+        user_step: UserStep | None = None,
+    ):
+        self.model = binding.model
+        self.optimizers = optimizers
+        self._binding, self._objective, self._mover, self._clock = binding, objective, mover, clock
+        self._seed, self._precision, self._clip_norm = seed, precision, clip_norm
+        self._average, self._metrics, self._user_step = average, metrics, user_step
+        self._forward = self._forward_plain if precision == "fp32" else self._forward_autocast
+
+    def __call__(self, batches: Sequence[Batch]) -> StepResult:
+        """Update once. ``batches`` are the micro-batches of this step, one in most runs."""
+        self.optimizers.set_rates(self._clock.step)
+        if self._user_step is not None:
+            result = self._own(self._user_step, batches)
+        elif len(batches) == 1:
+            result = self._single(batches[0])
+        else:
+            result = self._accumulated(batches)
+        self.optimizers.after_step()
+        if self._average is not None:
+            self._average.update()
+        return result
+
+    def _single(self, batch: Batch) -> StepResult:
+        samples = len(batch[INDEX])
+        gradients.clear(self.optimizers.parameters)
+        loss = self._forward(self._mover(batch))
+        gradients.backward(loss, self.optimizers.scaler)
+        return StepResult(loss.detach(), samples, self._update())
+
+    def _accumulated(self, batches: Sequence[Batch]) -> StepResult:
+        """The gradient of the mean over all samples: each micro-batch counts by its share of targets."""
+        gradients.clear(self.optimizers.parameters)
+        moved = [self._mover(batch) for batch in batches]
+        counts = [self._objective.count(self._binding.target(b), len(b[INDEX])) for b in moved]
+        total = sum(counts[1:], counts[0])
+        losses = []
+        for batch, count in zip(moved, counts, strict=True):
+            share = count / total
+            loss = self._forward(batch)
+            gradients.backward(loss, self.optimizers.scaler, share)
+            losses.append(loss.detach() * share)
+        return StepResult(torch.stack(losses).sum(), sum(len(b[INDEX]) for b in batches), self._update())
+
+    def _forward_plain(self, batch: Batch) -> Tensor:
+        output = self._binding.call(batch)
+        loss = self._objective(output, self._binding.target(batch))
+        for metric in self._metrics:
+            metric.update(prediction_of(output), self._binding.target(batch))
+        return loss
+
+    def _forward_autocast(self, batch: Batch) -> Tensor:
+        with autocast(self._precision, self._mover.device):
+            return self._forward_plain(batch)
+
+    def _update(self) -> dict[str, Tensor] | None:
+        scaler, extras = self.optimizers.scaler, None
+        for optimizer in self.optimizers.by_name.values():
+            if self._clip_norm is not None:
+                if scaler is not None:
+                    scaler.unscale_(optimizer)
+                owned = (p for group in optimizer.param_groups for p in group["params"])
+                extras = {"gradient_norm": gradients.clip(owned, self._clip_norm)}
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+        return extras
+
+    def _own(self, user_step: UserStep, batches: Sequence[Batch]) -> StepResult:
+        samples, losses, extras = sum(len(b[INDEX]) for b in batches), [], None
+        many = len(self.optimizers.by_name) > 1
+        gradients.clear(self.optimizers.parameters)
+        for batch in batches:
+            context = self.context(training=True)
+            with autocast(self._precision, self._mover.device):
+                logged = split_logged(user_step(self.model, self._mover(batch), context))
+            loss, extras = logged
+            if not context.used_backward:
+                if many:
+                    raise ModelError(
+                        "a step with several optimisers says which one each loss belongs to",
+                        where=getattr(user_step, "__qualname__", "step"),
+                        got=f"no context.backward, optimisers {', '.join(self.optimizers.by_name)}",
+                        expected='context.backward(loss, "name")',
+                    )
+                gradients.backward(loss, self.optimizers.scaler, len(batch[INDEX]) / samples)
+            losses.append(loss.detach() * (len(batch[INDEX]) / samples))
+        if not context.used_backward:
+            extras = {**(extras or {}), **(self._update() or {})}
+        return StepResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), samples, extras)
+
+    def context(self, training: bool) -> Context:
+        """What a user's step is told now."""
+        made = Context(self._mover.device, self._clock.step, self._clock.epoch, training, self._seed, _no_backward)
+        if training:
+            made.backward = self._backward_for(made)
+        return made
+
+    def _backward_for(self, context: Context) -> Callable[..., None]:
+        def backward(loss: Tensor, optimizer: str | torch.optim.Optimizer | None = None) -> None:
+            context.used_backward = True
+            chosen = self._chosen(optimizer)
+            owned = [p for group in chosen.param_groups for p in group["params"]]
+            gradients.clear(owned)
+            with torch.autocast(self._mover.device.type, enabled=False):
+                gradients.backward(loss, self.optimizers.scaler)
+                self._update_one(chosen, owned)
+
+        return backward
+
+    def _update_one(self, optimizer: torch.optim.Optimizer, owned: list[nn.Parameter]) -> None:
+        scaler = self.optimizers.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self._clip_norm is not None:
+            gradients.clip(owned, self._clip_norm)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+
+    def _chosen(self, optimizer: str | torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+        by_name = self.optimizers.by_name
+        if isinstance(optimizer, torch.optim.Optimizer):
+            return optimizer
+        if optimizer is None and len(by_name) == 1:
+            return self.optimizers.main
+        if optimizer in by_name:
+            return by_name[str(optimizer)]
+        raise ModelError(
+            "there is no such optimiser",
+            where="context.backward",
+            got=repr(optimizer),
+            expected=f"one of {', '.join(by_name)}",
+        )
+
+
+def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """A step's answer as its loss and what else is to be logged.
+
+    Raises:  ModelError where there is no loss in it
+    """
+    if isinstance(logged, Tensor):
+        return logged, {}
+    if not isinstance(logged, dict) or not isinstance(logged.get("loss"), Tensor):
+        raise ModelError(
+            "a step gives its loss",
+            where="step",
+            got=", ".join(logged) if isinstance(logged, dict) else type(logged).__name__,
+            expected='{"loss": a tensor, anything to log}',
+        )
+    kept = ("loss", "output", "target")
+    extras = {
+        name: value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+        for name, value in logged.items()
+        if name not in kept and (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1))
+    }
+    return logged["loss"], extras
+
+
+def _no_backward(loss: Tensor, optimizer: str | torch.optim.Optimizer | None = None) -> None:
+    """Evaluation updates nothing."""

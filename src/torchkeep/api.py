@@ -15,7 +15,7 @@ from torch import nn
 from .contracts import Json, Schema
 from .data.foreign import as_dataset
 from .data.sources import open_data, open_source
-from .errors import CheckpointError, Interrupted, PreemptedError, RunFolderError, SettingsError, TorchkeepError
+from .errors import CheckpointError, RunFolderError, SettingsError
 from .files import FolderLock
 from .folder import RunFolder, create_run_folder, list_runs, open_run_folder
 from .keep.checkpoint import Checkpoints, Saved
@@ -24,15 +24,14 @@ from .model.describe import ModuleRow, describe
 from .settings import check, difference, override
 from .share.predict import Prediction, predict_all
 from .tensors import tensor_sha256
+from .train.attempt import attempt, checkpoints_of, put
 from .train.decisions import Decisions
-from .train.loop import Signals, Training, load_model
 from .train.prepare import Prepared, Work, describe_object, seed_generators, source_folder
 from .train.provenance import code_state, command, environment
 from .train.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
 from .usercode import CodeReference, check_trusted, load_function, read_reference
-from .watch.console import Console, format_number, format_seconds
-from .watch.records import Recorder, next_attempt, read_records
-from .watch.tensorboard import TensorBoardView
+from .watch.console import Console
+from .watch.records import next_attempt, read_records
 
 Resume = Literal["no", "auto"]
 RUNS = Path("runs")
@@ -88,18 +87,14 @@ class Run:
     def model(self, which: Literal["best", "last"] = "best") -> nn.Module:
         """A copy of the model with a checkpoint's parameters (or their moving average), in eval mode."""
         model = copy.deepcopy(self._prepared.work.model)
-        _put(model, self._checkpoints(), self._checkpoint(which))
+        put(model, self._checkpoints(), self._checkpoint(which))
         return model.eval()
 
     def evaluate(self, data: Any = None, *, which: Literal["best", "last"] = "best") -> dict[str, float]:
         """Loss and metrics on any dataset, a path, or (without data) on the test split, else the validation split."""
         split, dataset = self._split(data)
         with self._using(which):
-            loader = self._prepared.evaluation_loader(dataset)
-            try:
-                return self._prepared.evaluation(loader, split)
-            finally:
-                loader.close()
+            return self._prepared.measure(dataset, split)
 
     def predict(self, inputs: Any, *, which: Literal["best", "last"] = "best") -> Iterator[Prediction]:
         """A prediction for each input: files, folders, a table's path, a dataset, or a tensor (B, …)."""
@@ -126,22 +121,12 @@ class Run:
     @contextlib.contextmanager
     def _using(self, which: Literal["best", "last"]) -> Iterator[None]:
         """The prepared model with a checkpoint's parameters for a while."""
-        prepared = self._prepared
-        before = {name: value.clone() for name, value in prepared.work.model.state_dict().items()}
-        average, prepared.evaluation.average = (
-            prepared.evaluation.average,
-            None,
-        )  # the parameters put in are the average
-        _put(prepared.work.model, self._checkpoints(), self._checkpoint(which))
-        try:
+        with self._prepared.borrowed_model() as model:
+            put(model, self._checkpoints(), self._checkpoint(which))
             yield
-        finally:
-            prepared.evaluation.average = average
-            prepared.work.model.load_state_dict(before)
 
     def _checkpoints(self) -> Checkpoints:
-        prepared = self._prepared
-        return Checkpoints(self._folder.checkpoints, metric=prepared.best_metric, mode=prepared.best_mode)
+        return checkpoints_of(self._prepared, self._folder)
 
     def _checkpoint(self, which: Literal["best", "last"]) -> Saved:
         checkpoints = self._checkpoints()
@@ -151,13 +136,6 @@ class Run:
                 "this run has no whole checkpoint", where=self._folder.checkpoints, fix="torchkeep resume trains on"
             )
         return saved
-
-
-def _put(model: nn.Module, checkpoints: Checkpoints, saved: Saved) -> None:
-    state = checkpoints.load(saved)
-    load_model(model, state["model"])
-    if state["optimizer"]["average"]:
-        load_model(model, {**state["model"], **state["optimizer"]["average"]})
 
 
 def train(
@@ -437,6 +415,7 @@ def _work_of(recipe: Recipe, base: Path, load: Callable[[CodeReference], Any]) -
         recipe.data.workers,
         recipe.data.last,
         load=load_name,
+        is_recipe=True,
     )
     return work, [reference.to_json() for reference in used]
 
@@ -471,11 +450,12 @@ def _execute(
             }
         )
     try:
-        return _attempt(prepared, folder, recipe, base, console, began)
+        attempt(prepared, folder, console, began)
     finally:
         prepared.close()
         if lock is not None:
             lock.release()
+    return Run(folder, prepared, recipe, base)
 
 
 def _check_same(work: Work, facts: Json, recorded: Json, console: Console) -> None:
@@ -494,124 +474,3 @@ def _check_same(work: Work, facts: Json, recorded: Json, console: Console) -> No
     for name in ("recipe", "settings"):
         for key, old, new in difference(recorded.get(name), facts.get(name)) if facts.get(name) else []:
             console.warn(f"{key} was {old!r} and is {new!r} now: the resume is best-effort")
-
-
-def _attempt(
-    prepared: Prepared, folder: RunFolder, recipe: Recipe | None, base: Path, console: Console, began: float
-) -> Run:
-    """One process's share of a run: from its newest checkpoint, or from the start, to the end."""
-    settings = prepared.work.settings
-    attempt = next_attempt(folder.records)
-    checkpoints = Checkpoints(
-        folder.checkpoints,
-        settings.checkpoint.keep_last,
-        settings.checkpoint.keep_best,
-        prepared.best_metric,
-        prepared.best_mode,
-        console.warn,
-    )
-    views = [TensorBoardView(folder.tensorboard, attempt)] if "tensorboard" in settings.monitor.views else []
-    recorder = Recorder(folder.records, attempt=attempt, views=views, on_alert=console.warn)
-    training = prepared.training(checkpoints, recorder, console, Signals())
-    try:
-        _begin(training, prepared, folder, attempt, began)
-        reason = training.run()
-        metrics = {**training.metrics, **_test(prepared, training)}
-        _record_end(training, "finished", metrics, reason)
-    except BaseException as error:
-        _record_failure(training, error)
-        raise
-    finally:
-        with contextlib.suppress(Exception):
-            recorder.close()
-    run = Run(folder, prepared, recipe, base)
-    _summarise(run, training, metrics, reason, began)
-    return run
-
-
-def _begin(training: Training, prepared: Prepared, folder: RunFolder, attempt: int, began: float) -> None:
-    saved = training.checkpoints.latest()
-    if saved is not None:
-        training.load_state_dict(training.checkpoints.load(saved))
-        training.console.say(f"resumed from step {saved.step}, epoch {training.clock.epoch} ({saved.path})")
-    else:
-        seed_generators(prepared.work.settings.seed)
-    training.console.decisions(prepared.decisions.rows)
-    training.console.say(f"run       {folder.path}")
-    clock = training.clock
-    at = {"step": clock.step, "samples": clock.samples, "epoch": clock.epoch}
-    if attempt == 0:
-        training.recorder.log("run_start", **at, began=began, seed=prepared.work.settings.seed)
-        for row in prepared.decisions.to_json():
-            training.recorder.log("decision", **at, **row)
-    training.recorder.log("attempt_start", **at, from_step=clock.step)
-
-
-def _test(prepared: Prepared, training: Training) -> dict[str, float]:
-    """The test split, once, at the end, with the best checkpoint's parameters."""
-    if prepared.work.test is None:
-        return {}
-    best = training.checkpoints.best()
-    model = prepared.work.model
-    last = {name: value.clone() for name, value in model.state_dict().items()}
-    average, prepared.evaluation.average = prepared.evaluation.average, None
-    loader = prepared.evaluation_loader(prepared.work.test)
-    try:
-        if best is not None:
-            _put(model, training.checkpoints, best)
-        measured = prepared.evaluation(loader, "test")
-    finally:
-        loader.close()
-        prepared.evaluation.average = average
-        model.load_state_dict(last)
-    clock = training.clock
-    training.recorder.log("scalars", step=clock.step, samples=clock.samples, epoch=clock.epoch, values=measured)
-    return measured
-
-
-def _record_end(training: Training, status: str, metrics: dict[str, float], reason: str) -> None:
-    clock = training.clock
-    training.recorder.log(
-        "run_end",
-        step=clock.step,
-        samples=clock.samples,
-        epoch=clock.epoch,
-        status=status,
-        reason=reason,
-        metrics=metrics,
-    )
-    training.recorder.flush(durable=True)
-
-
-def _record_failure(training: Training, error: BaseException) -> None:
-    status = "interrupted" if isinstance(error, KeyboardInterrupt | PreemptedError) else "failed"
-    text = error.what if isinstance(error, TorchkeepError | Interrupted) else f"{type(error).__name__}: {error}"
-    with contextlib.suppress(TorchkeepError):
-        _record_end(training, status, training.metrics, text)
-
-
-def _summarise(run: Run, training: Training, metrics: dict[str, float], reason: str, began: float) -> None:
-    folder = run.dir
-    rows = []
-    if training.best.value is not None:
-        rows.append(
-            (f"best {training.best_metric}", f"{format_number(training.best.value)} (epoch {training.best.epoch})")
-        )
-    rows += [(name, format_number(value)) for name, value in metrics.items()]
-    rows += [
-        ("ended", f"{reason} after epoch {training.clock.epoch}, step {training.clock.step:,}"),
-        ("time", f"{format_seconds(time.time() - began)}, of it training {format_seconds(training.trained_s)}"),
-        ("speed", f"{training.rate:,.0f} samples/s"),
-        ("parameters", f"sha256 {run.sha256()[:16]}"),
-        ("run", str(folder)),
-        ("checkpoints", str(folder / "checkpoints")),
-        ("record", str(folder / "records.jsonl")),
-    ]
-    commands = [f"torchkeep evaluate {folder}", f"torchkeep inspect {folder}"]
-    if run._recipe is not None:
-        commands.insert(1, f"torchkeep predict {folder} FILES")
-    else:
-        commands = []
-    if (folder / "tensorboard").is_dir():
-        commands.append(f"tensorboard --logdir {folder.parent}")
-    training.console.summary(run.dir.name, rows, commands)

@@ -89,21 +89,21 @@ def epoch_order(key: ChanceKey, size: int, start: int, stop: int) -> np.ndarray[
     """
     if not 0 <= start <= stop <= size:
         raise ValueError(f"positions [{start}, {stop}) of {size}")
-    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    half = np.uint64(half_bits)
-    mask = np.uint64((1 << half_bits) - 1)
+    bits = max(2, (size - 1).bit_length())  # a domain below 2 x size (or 4): under 2 walks on average
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
     round_keys = [np.uint64(keyed_seed(key, "order", round_idx)) for round_idx in range(_ROUNDS)]
 
     def permute(x: Any) -> Any:
-        left, right = x >> half, x & mask
-        with np.errstate(over="ignore"):
-            for round_key in round_keys:
-                left, right = right, left ^ (_mix_array(right + round_key) & mask)
-        return (left << half) | right
+        high, low = x >> low_bits, x & low_mask
+        for first, second in zip(round_keys[::2], round_keys[1::2], strict=True):
+            high = high ^ (_mix_array(low + first) & high_mask)
+            low = low ^ (_mix_array(high + second) & low_mask)
+        return (high << low_bits) | low
 
     values = permute(np.arange(start, stop, dtype=np.uint64))
     outside = np.flatnonzero(values >= size)
-    while outside.size:  # the domain is less than 4 × size: on average under 4 walks
+    while outside.size:
         walked = permute(values[outside])
         values[outside] = walked
         outside = outside[walked >= size]
@@ -116,4 +116,6 @@ def weighted_positions(key: ChanceKey, cumulative: np.ndarray[Any, Any], start: 
     Shapes:  cumulative (N,) float64, the running sum of the weights → (stop - start,) int64
     """
     draws = keyed_uniform(key, "weighted", np.arange(start, stop))[:, 0] * cumulative[-1]
-    return np.minimum(np.searchsorted(cumulative, draws, side="right"), len(cumulative) - 1).astype(np.int64)
+    positions: np.ndarray[Any, Any] = np.searchsorted(cumulative, draws, side="right").astype(np.int64)
+    positions[positions >= len(cumulative)] = len(cumulative) - 1  # a draw that was rounded up to the sum
+    return positions

@@ -60,11 +60,12 @@ class RunFolder:
         """
         try:
             facts = orjson.loads(self.run_file.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
+            found = "no run.json in it" if self.path.is_dir() else "a file" if self.path.exists() else "no such folder"
             raise RunFolderError(
                 "this is not the folder of a run",
                 where=self.path,
-                got="no run.json in it" if self.path.is_dir() else "no such folder",
+                got=found,
                 expected="a folder that torchkeep train or tk.fit has made",
                 fix="torchkeep runs lists the runs",
             ) from None
@@ -93,7 +94,19 @@ class RunFolder:
 
 
 def create_run_folder(name: str, runs: Path) -> RunFolder:
-    """A new folder for a run under ``runs``; a number is added where the name is taken."""
+    """A new folder for a run under ``runs``; a number is added where the name is taken.
+
+    Raises:  RunFolderError where a file is in the way, StorageError where the disk refuses
+    """
+    place = next((path for path in (runs, *runs.parents) if path.exists()), runs)
+    if place.exists() and not place.is_dir():
+        raise RunFolderError(
+            "the folder for runs cannot be made",
+            where=runs,
+            got=f"{place} is a file",
+            expected="a folder, or nothing yet",
+            fix="move that file, or choose another folder with --run-dir",
+        )
     plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     return RunFolder(new_folder(runs, plain))
 

@@ -25,6 +25,9 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
+# pydantic speaks of JSON, a recipe's author of TOML
+_WORDS = {"an object": "a section", "valid dictionary": "table", "valid array": "list", "valid string": "text"}
+
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A TOML file as a dict.
@@ -54,7 +57,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def _near_file(path: Path) -> str:
     try:
-        return nearest(path.name, [found.name for found in path.parent.iterdir()])
+        return nearest(path.name, [found.name for found in path.parent.glob("*.toml")])
     except OSError:
         return ""
 
@@ -69,7 +72,10 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise SettingsError(
-                "this --set cannot be read", where=f"--set {assignment}", expected="section.key=value", got="no '='"
+                "this --set cannot be read",
+                where=f"--set {assignment}",
+                got="no key before '='" if equals else "no '='",
+                expected="section.key=value",
             )
         *sections, last = [part.strip() for part in key.split(".")]
         place = data
@@ -116,7 +122,7 @@ def _plain(value: Any) -> Any:
 def _explain(model: type[Settings], errors: list[Any], data: dict[str, Any], where: object) -> SettingsError:
     # an unknown key is the cause more often than the missing one beside it
     first = min(errors, key=lambda found: found["type"] != "extra_forbidden")
-    path = [part for part in first["loc"] if isinstance(part, str) and not _is_union_tag(part, data)]
+    path = _path_in(data, first["loc"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, path[:-1])
@@ -127,7 +133,8 @@ def _explain(model: type[Settings], errors: list[Any], data: dict[str, Any], whe
             expected=f"one of {', '.join(sorted(known))}",
             fix=nearest(path[-1], known) or "torchkeep schema prints every key",
         )
-    if first["type"] == "missing":
+    if first["type"] == "missing" and isinstance(first["loc"][-1], str):
+        key = ".".join([*path, first["loc"][-1]])
         return SettingsError("a key is missing", where=f"{where}: {key}", expected=key, fix=f"add {key} to the recipe")
     said = "; ".join(
         dict.fromkeys(_sentence(found) for found in errors if found["loc"][: len(path)] == first["loc"][: len(path)])
@@ -137,13 +144,23 @@ def _explain(model: type[Settings], errors: list[Any], data: dict[str, Any], whe
 
 
 def _sentence(found: Any) -> str:
+    if found["type"] == "missing":
+        return "one value more"
     text = str(found["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    for json_word, word in _WORDS.items():
+        text = text.replace(json_word, word)
     return text[0].lower() + text[1:] if text else text
 
 
-def _is_union_tag(part: str, data: Any) -> bool:
-    # pydantic puts the tried type of a union into the path: "int", "literal['epoch']", "function-after[…]"
-    return part in {"int", "str", "float", "bool"} or "[" in part
+def _path_in(data: Any, loc: tuple[str | int, ...]) -> list[str]:
+    """The keys of an error's place. pydantic puts the tried type of a union after them: "int", "constrained-int"."""
+    path: list[str] = []
+    for part in loc:
+        if not isinstance(data, dict) or part not in data:
+            break
+        path.append(str(part))
+        data = data[part]
+    return path
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:

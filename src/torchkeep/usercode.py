@@ -70,9 +70,9 @@ def load_function(reference: CodeReference) -> Callable[..., Any]:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script without a main guard may call sys.exit
             del sys.modules[module_name]
-            line = _line_in(error, reference.path)
+            line = line_in(error, reference.path)
             raise ModelError(
                 "this file of code fails when it is run",
                 where=f"{reference.path}{line}",
@@ -135,7 +135,8 @@ def check_trusted(recorded: dict[str, str], trust: str | None) -> CodeReference:
     )
 
 
-def _line_in(error: BaseException, path: Path) -> str:
+def line_in(error: BaseException, path: Path) -> str:
+    """ ", line 12": where in a file of code the error arose; empty where it arose elsewhere."""
     trace, line = error.__traceback__, ""
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(path):

@@ -15,8 +15,6 @@ from ..errors import BadSampleError
 
 U8 = np.ndarray[Any, np.dtype[np.uint8]]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
 _JPEG = b"\xff\xd8\xff"
 _EXIF_SEARCH_BYTES = 1 << 16
 _ORIENTATION_TAG = 0x0112
@@ -43,7 +41,7 @@ def decode_image(data: bytes, name: str, channels: int = 3) -> U8:
             where=name,
             got=_describe(data, error),
             expected="a complete JPEG, PNG, WebP, BMP, GIF or TIFF",
-            fix='replace or delete it, torchkeep survey FOLDER --bad lists all such, or on_bad = "substitute"',
+            fix="replace or delete this image",
         ) from None
 
 

@@ -20,10 +20,12 @@ from ..chance import ChanceKey
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
 from ..errors import BadSampleError, DataError, nearest
 from .augment import Augmentation, Augmentations, check_augmentations
-from .decode import SUFFIXES, U8, decode_image, resize_short_side_and_center_crop
+from .decode import U8, decode_image, resize_short_side_and_center_crop
 from .tables import number_words, read_frame, require_column
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 _SIZE_TRIES = 16
@@ -53,6 +55,9 @@ class Images(Dataset[Sample]):
     threads = True  # decoding and resizing release the GIL
     where: str
     labels: Indices
+    image_size: int | None
+    size: tuple[int, int]  # height and width of every image that leaves here
+    schema: Schema
 
     def _prepare(
         self,
@@ -404,7 +409,7 @@ def _scan(root: Path) -> list[str]:
             "there are no images in these class folders",
             where=root,
             got=f"folders {', '.join(folders[:10])}",
-            expected=f"files that end in {', '.join(SUFFIXES)}",
+            expected=f"files that end in {', '.join(IMAGE_SUFFIXES)}",
         )
     if set(folders) <= _SPLIT_NAMES:
         raise DataError(
@@ -418,7 +423,7 @@ def _scan(root: Path) -> list[str]:
 
 
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _images_below(root: Path, folder: str) -> list[str]:

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
 from ..contracts import KeyedDataset
-from ..errors import DataError, nearest
+from ..errors import DataError, TorchkeepError, nearest
 from ..settings import Settings
-from ..usercode import CodeReference, is_reference, read_reference
+from ..usercode import CodeReference, is_reference, line_in, read_reference
 from .augment import check_augmentations
 from .images import ImageFolder, ImageTable
 from .splits import split
@@ -46,7 +46,7 @@ class DataSettings(Settings):
     """Mean of each channel, in units where white is 1; 0.5 where nothing is said."""
     std: list[float] | None = None
     """Standard deviation of each channel, in units where white is 1; 0.5 where nothing is said."""
-    augment: list[str] = []
+    augment: list[str] = Field(default_factory=list)
     """Augmentations of the training images, in order."""
     image: str = "image"
     """Column of a table that holds images or names of image files."""
@@ -54,7 +54,7 @@ class DataSettings(Settings):
     """Column of a table of images that holds the labels; "label" where nothing is said."""
     target: str | None = None
     """Column of a table of numbers that is to be predicted."""
-    drop: list[str] = []
+    drop: list[str] = Field(default_factory=list)
     """Columns of a table of numbers that are left out."""
     batch_size: int = Field(32, gt=0)
     """Samples of one step, on each rank."""
@@ -174,7 +174,18 @@ def _open_code(source: str, base: Path, load: LoadFunction | None, split_name: S
             expected="a folder or a table",
         )
     function = load(reference)
-    return as_dataset(function(split=split_name) if _takes_split(function) else function())
+    try:
+        made = function(split=split_name) if _takes_split(function) else function()
+    except TorchkeepError:
+        raise
+    except Exception as error:
+        raise DataError(
+            "this function gives no data",
+            where=f"{source}{line_in(error, reference.path)}",
+            got=f"{type(error).__name__}: {error}",
+            expected="a function that takes nothing, or split, and gives a dataset",
+        ) from error
+    return as_dataset(made)
 
 
 def _takes_split(function: Callable[..., Any]) -> bool:

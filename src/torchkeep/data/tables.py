@@ -128,7 +128,7 @@ def _typed(texts: Any) -> Any:
 def require_column(frame: Frame, name: str, where: object, setting: str) -> Any:
     """A column by name.
 
-    Raises:  DataError listing the columns there are; ``setting`` is the key that names another one
+    Raises:  DataError listing the columns there are; ``setting`` is the key that names another one, if any does
     """
     if name not in frame.column_names:
         raise DataError(
@@ -136,7 +136,7 @@ def require_column(frame: Frame, name: str, where: object, setting: str) -> Any:
             where=where,
             got=f"columns {', '.join(frame.column_names)}",
             expected=f"a column {name!r}",
-            fix=nearest(name, frame.column_names) or f"name it with {setting} = …",
+            fix=nearest(name, frame.column_names) or (f"name it with {setting} = …" if setting else ""),
         )
     return frame[name]
 
@@ -412,7 +412,7 @@ def _encode(frame: Frame, target: str, known: TableEncoding, rows: Indices, wher
 def _encode_numbers(frame: Frame, known: TableEncoding, where: str) -> Tensor:
     encoded = np.empty((frame.num_rows, len(known.numbers)), np.float32)
     for column_idx, name in enumerate(known.numbers):
-        values = _floats(require_column(frame, name, where, "the table's header"), name, where)
+        values = _floats(require_column(frame, name, where, ""), name, where)
         scaled = (values - known.means[column_idx]) / known.deviations[column_idx]
         encoded[:, column_idx] = np.where(np.isnan(values), 0.0, scaled)
     return torch.from_numpy(encoded)
@@ -421,7 +421,7 @@ def _encode_numbers(frame: Frame, known: TableEncoding, where: str) -> Tensor:
 def _encode_categories(frame: Frame, known: TableEncoding, where: str) -> Tensor:
     encoded = np.empty((frame.num_rows, len(known.categories)), np.int64)
     for column_idx, name in enumerate(known.categories):
-        texts = _texts(require_column(frame, name, where, "the table's header"))
+        texts = _texts(require_column(frame, name, where, ""))
         encoded[:, column_idx] = number_words(texts, known.vocabularies[column_idx]) + 1
     return torch.from_numpy(encoded)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import gradients
 from ..contracts import INDEX, Batch, Field
-from ..data.decode import SUFFIXES, decode_image, resize_short_side_and_center_crop
+from ..data.decode import decode_image, resize_short_side_and_center_crop
 from ..data.foreign import as_dataset, kept_generators
-from ..data.images import encoded_images
+from ..data.images import IMAGE_SUFFIXES, encoded_images
 from ..data.sources import DataSettings
 from ..data.tables import column_names, encode_inputs, read_frame
 from ..errors import BadSampleError, DataError
@@ -127,7 +127,7 @@ def _files(prepared: Prepared, paths: list[Path], settings: DataSettings | None)
 def _expanded(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from sorted(found for found in path.rglob("*") if found.suffix.lower() in SUFFIXES)
+            yield from sorted(found for found in path.rglob("*") if found.suffix.lower() in IMAGE_SUFFIXES)
         elif path.is_file():
             yield path
         else:

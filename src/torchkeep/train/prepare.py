@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,7 @@ class Work:
     targets: Keys | None = None
     collate: Callable[[list[Any]], Any] | None = None
     load: Callable[[str], Any] = field(default=lambda name: None)
+    is_recipe: bool = False
 
     def fingerprints(self) -> dict[str, str]:
         """What names each split's content."""
@@ -160,6 +162,26 @@ class Prepared:
     def evaluation_loader(self, data: KeyedDataset) -> Loader:
         """A loader over a split, in order."""
         return self._loader(data)
+
+    def measure(self, data: KeyedDataset, split: str) -> dict[str, float]:
+        """Loss and metrics of the model as it is now, on any data of the same form."""
+        loader = self.evaluation_loader(data)
+        try:
+            return self.evaluation(loader, split)
+        finally:
+            loader.close()
+
+    @contextlib.contextmanager
+    def borrowed_model(self) -> Iterator[nn.Module]:
+        """The model for other parameters to be put in, without its moving average; its own come back afterwards."""
+        model, evaluation = self.work.model, self.evaluation
+        own = {name: value.clone() for name, value in model.state_dict().items()}
+        average, evaluation.average = evaluation.average, None
+        try:
+            yield model
+        finally:
+            evaluation.average = average
+            model.load_state_dict(own)
 
     def _note_feed(self) -> None:
         plan = self.loader.plan

@@ -1,0 +1,145 @@
+"""One process's share of a run: from its newest checkpoint, or from the start, to the end and the last table."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from torch import nn
+
+from ..errors import Interrupted, PreemptedError, TorchkeepError
+from ..folder import RunFolder
+from ..keep.checkpoint import Checkpoints, Saved
+from ..tensors import tensor_sha256
+from ..watch.console import Console, format_number, format_seconds
+from ..watch.records import Recorder, next_attempt
+from ..watch.tensorboard import TensorBoardView
+from .loop import Signals, Training, load_model
+from .prepare import Prepared, seed_generators
+
+
+def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: float) -> None:
+    """Train a prepared run to its end in its folder, whose lock is held. ``began`` is when the command began, Unix s.
+
+    Raises:  Interrupted or PreemptedError after saving; RunFailedError, with the last good checkpoint standing
+    """
+    settings = prepared.work.settings
+    number = next_attempt(folder.records)
+    checkpoints = checkpoints_of(prepared, folder, console)
+    views = [TensorBoardView(folder.tensorboard, number)] if "tensorboard" in settings.monitor.views else []
+    recorder = Recorder(folder.records, attempt=number, views=views, on_alert=console.warn)
+    training = prepared.training(checkpoints, recorder, console, Signals())
+    try:
+        _begin(training, prepared, folder, number, began)
+        reason = training.run()
+        metrics = {**training.metrics, **_test(prepared, training)}
+        _record_end(training, "finished", metrics, reason)
+    except BaseException as error:
+        _record_failure(training, error)
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            recorder.close()
+    _summarise(training, prepared, folder, metrics, reason, began)
+
+
+def checkpoints_of(prepared: Prepared, folder: RunFolder, console: Console | None = None) -> Checkpoints:
+    """A run's checkpoints, kept and judged by its settings."""
+    kept = prepared.work.settings.checkpoint
+    return Checkpoints(
+        folder.checkpoints,
+        kept.keep_last,
+        kept.keep_best,
+        prepared.best_metric,
+        prepared.best_mode,
+        console.warn if console else None,
+    )
+
+
+def put(model: nn.Module, checkpoints: Checkpoints, saved: Saved) -> None:
+    """Give a model a checkpoint's parameters, or their moving average where there is one.
+
+    Raises:  CheckpointError where the checkpoint is damaged or of another model
+    """
+    state = checkpoints.load(saved)
+    load_model(model, {**state["model"], **(state["optimizer"]["average"] or {})})
+
+
+def _begin(training: Training, prepared: Prepared, folder: RunFolder, number: int, began: float) -> None:
+    console, settings = training.console, prepared.work.settings
+    saved = training.checkpoints.latest()
+    if saved is not None:
+        training.load_state_dict(training.checkpoints.load(saved))
+        console.say(f"resumed from step {saved.step}, epoch {training.clock.epoch} ({saved.path})")
+        if prepared.device.type != "cpu" and not settings.train.deterministic:
+            console.warn(
+                "without train.deterministic = true a GPU's sums differ in their last bits: best-effort resume"
+            )
+    else:
+        seed_generators(settings.seed)
+    console.decisions(prepared.decisions.rows)
+    console.say(f"run       {folder.path}")
+    clock = training.clock
+    at = {"step": clock.step, "samples": clock.samples, "epoch": clock.epoch}
+    training.recorder.log("attempt_start", **at, from_step=clock.step)
+    if number == 0:
+        training.recorder.log("run_start", **at, began=began, seed=settings.seed)
+        for row in prepared.decisions.to_json():
+            training.recorder.log("decision", **at, **row)
+
+
+def _test(prepared: Prepared, training: Training) -> dict[str, float]:
+    """The test split, once, at the end, with the best checkpoint's parameters."""
+    if prepared.work.test is None:
+        return {}
+    best = training.checkpoints.best()
+    with prepared.borrowed_model() as model:
+        if best is not None:
+            put(model, training.checkpoints, best)
+        measured = prepared.measure(prepared.work.test, "test")
+    clock = training.clock
+    training.recorder.log("scalars", step=clock.step, samples=clock.samples, epoch=clock.epoch, values=measured)
+    return measured
+
+
+def _record_end(training: Training, status: str, metrics: dict[str, float], reason: str) -> None:
+    clock = training.clock
+    at = {"step": clock.step, "samples": clock.samples, "epoch": clock.epoch}
+    training.recorder.log("run_end", **at, status=status, reason=reason, metrics=dict(metrics))
+    training.recorder.flush(durable=True)
+
+
+def _record_failure(training: Training, error: BaseException) -> None:
+    status = "interrupted" if isinstance(error, KeyboardInterrupt | PreemptedError) else "failed"
+    text = error.what if isinstance(error, TorchkeepError | Interrupted) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(TorchkeepError):
+        _record_end(training, status, training.metrics, text)
+
+
+def _summarise(
+    training: Training, prepared: Prepared, folder: RunFolder, metrics: dict[str, float], reason: str, began: float
+) -> None:
+    path, best, clock = folder.path, training.best, training.clock
+    rows = [(name, format_number(value)) for name, value in metrics.items()]
+    if best.value is not None:
+        rows.insert(0, (f"best {training.best_metric}", f"{format_number(best.value)} (epoch {best.epoch})"))
+    rows += [
+        ("ended", f"{reason} after epoch {clock.epoch}, step {clock.step:,}"),
+        ("time", f"{format_seconds(time.time() - began)}, of it training {format_seconds(training.trained_s)}"),
+        ("speed", f"{training.rate:,.0f} samples/s"),
+        ("parameters", f"sha256 {tensor_sha256(dict(prepared.work.model.state_dict()))[:16]}"),
+        ("run", str(path)),
+        ("checkpoints", str(folder.checkpoints)),
+        ("record", str(folder.records)),
+    ]
+    training.console.summary(folder.name, rows, _next_commands(prepared, folder))
+
+
+def _next_commands(prepared: Prepared, folder: RunFolder) -> list[str]:
+    path = folder.path
+    commands = []
+    if prepared.work.is_recipe:
+        commands = [f"torchkeep evaluate {path}", f"torchkeep predict {path} FILES", f"torchkeep inspect {path}"]
+    if folder.tensorboard.is_dir():
+        commands.append(f"tensorboard --logdir {path.parent}")
+    return commands

@@ -115,7 +115,11 @@ class Run:
             if self._recipe is None:
                 raise SettingsError("a path needs a recipe to be read by", where=data, fix="give a dataset instead")
             base = Path.cwd() if Path(data).exists() else self._base
-            return "test", open_source(self._recipe.data, str(data), base, like=work.train, train=False)
+            # the caller names this source, so code in it may run
+            opened = open_source(
+                self._recipe.data, str(data), base, like=work.train, train=False, load=load_function, split_name="test"
+            )
+            return "test", opened
         return "test", as_dataset(data)
 
     @contextlib.contextmanager

@@ -9,7 +9,16 @@ from typing import IO, Any
 
 import click
 
-from .errors import EXIT_BAD_INPUT, EXIT_BAD_ROWS, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, TorchkeepError
+from .errors import (
+    EXIT_BAD_INPUT,
+    EXIT_BAD_ROWS,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    Interrupted,
+    SettingsError,
+    TorchkeepError,
+)
 
 _SET = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 _TRUST = click.option("--trust-code", metavar="HASH", help="Run the code that the run names, if it has this sha256.")
@@ -82,6 +91,9 @@ def predict(run: str, files: tuple[str, ...], output: str | None, form: str | No
     from . import api
 
     form = form or ("jsonl" if output and output.endswith(".jsonl") else "csv")
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        where = f"-o {output}"
+        raise SettingsError("the folder of the output is missing", where=where, expected="a folder that exists")
     rows = (said.row() for said in api.predict(run, list(files), trust_code=trust_code))
     if output is None:
         num_bad = _write_rows(rows, sys.stdout, form)
@@ -93,7 +105,7 @@ def predict(run: str, files: tuple[str, ...], output: str | None, form: str | No
         write_durable(Path(output), text.text.encode())
     if num_bad:
         click.echo(f"{num_bad} inputs could not be read; their rows say why", err=True)
-        sys.exit(EXIT_BAD_ROWS)
+        click.get_current_context().exit(EXIT_BAD_ROWS)
 
 
 @cli.command()
@@ -172,13 +184,16 @@ class _Text:
 
 def _write_rows(rows: Iterable[dict[str, Any]], file: IO[str] | _Text, form: str) -> int:
     import csv
+    import itertools
 
+    rows = iter(rows)
+    first = list(itertools.islice(rows, 1))  # inputs that cannot be used at all are said before the header is out
     num_bad = 0
     columns = ["input", "label", "probability", "value", "error"]
     writer = csv.DictWriter(file, columns, restval="", lineterminator="\n") if form == "csv" else None
     if writer is not None:
         writer.writeheader()
-    for row in rows:
+    for row in itertools.chain(first, rows):
         num_bad += "error" in row
         if "probability" in row:
             row["probability"] = round(row["probability"], 6)
@@ -203,7 +218,7 @@ def main() -> None:
 def run(command: Callable[[], Any]) -> int:
     """The exit code of a command, its error said in the one form."""
     try:
-        command()
+        code = command()
     except TorchkeepError as error:
         click.echo(error.message(), err=True)
         return error.exit_code
@@ -215,9 +230,7 @@ def run(command: Callable[[], Any]) -> int:
     except click.ClickException as error:
         error.show()
         return EXIT_BAD_INPUT
-    except click.exceptions.Exit as error:
-        return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILED
-    return 0
+    return code if isinstance(code, int) else EXIT_DONE  # click gives what a verb has said with ctx.exit

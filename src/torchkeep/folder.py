@@ -19,6 +19,9 @@ RECORDS_FILE = "records.jsonl"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 
+# what every run.json holds besides its format, and as what
+_HELD = {"created": float, "decisions": list, "data": dict, "environment": dict}
+
 Status = Literal["running", "finished", "failed", "interrupted", "killed"]
 
 
@@ -70,7 +73,7 @@ class RunFolder:
                 fix="torchkeep runs lists the runs",
             ) from None
         except (orjson.JSONDecodeError, OSError) as error:
-            raise RunFolderError("run.json cannot be read", where=self.run_file, got=error) from error
+            raise RunFolderError("run.json cannot be read", where=self.run_file, got=error) from None
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             got = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
             raise RunFolderError(
@@ -79,6 +82,14 @@ class RunFolder:
                 got=f"format {got}",
                 expected=f"format {FORMAT}",
                 fix="pip install --upgrade torchkeep",
+            )
+        lacking = [key for key, kind in _HELD.items() if not isinstance(facts.get(key), kind)]
+        if lacking:
+            raise RunFolderError(
+                "run.json is not whole",
+                where=self.run_file,
+                got=f"no {', '.join(lacking)} as a run has it",
+                expected="the file as it was written when the run began",
             )
         return facts
 

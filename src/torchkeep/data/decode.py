@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import BadSampleError
 
@@ -51,6 +51,8 @@ def _describe(data: bytes, error: Exception) -> str:
         return size
     if data[:3] == _JPEG and b"\xff\xd9" not in data[-64:]:
         return f"{size} without an end marker"
+    if isinstance(error, UnidentifiedImageError):  # Pillow's own text names an address in memory
+        return f"{size} of no known form"
     return f"{size}, {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
 
 

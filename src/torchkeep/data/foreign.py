@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sysconfig
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,6 +27,8 @@ from ..chance import ChanceKey, keyed_seed
 from ..contracts import Batch, Field, KeyedDataset, Preprocess, Sample, Schema
 from ..errors import BadSampleError, DataError
 from .arrays import Arrays
+
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")) + ("<",)
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 
@@ -95,8 +99,13 @@ class Foreign(Dataset[Any]):
         return None
 
     def fingerprint(self) -> str:
-        """xxh3 of the length and of the first, middle and last sample: a foreign dataset names no more of itself."""
+        """xxh3 of the length and of the first, middle and last sample: a foreign dataset names no more of itself.
+
+        Samples drawn from a generator of the dataset's own are other ones each time; then the length stands alone.
+        """
         digest = xxhash.xxh3_128(f"{type(self.dataset).__qualname__}|{len(self)}".encode())
+        if not self.probe.repeatable:
+            return digest.hexdigest()
         for index in sorted({0, len(self) // 2, len(self) - 1}):
             _absorb(digest, self.named(self.read(index, ChanceKey())))
         return digest.hexdigest()
@@ -131,10 +140,7 @@ class Foreign(Dataset[Any]):
         return Probe(draws, repeatable, sample_s)
 
     def _keyed(self, index: int, key: ChanceKey) -> Any:
-        seed = keyed_seed(key, "foreign", index)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(seed)
+        _seed(keyed_seed(key, "foreign", index))
         return self._raw(index)
 
     def _raw(self, index: int) -> Any:
@@ -224,6 +230,20 @@ def kept_generators() -> Iterator[None]:
         _restore(before)
 
 
+@contextlib.contextmanager
+def keyed_generators(seed: int) -> Iterator[None]:
+    """Seed the global generators for foreign code, and put them back afterwards."""
+    with kept_generators():
+        _seed(seed)
+        yield
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
 def _generator_states() -> tuple[Any, Any, Tensor]:
     return random.getstate(), np.random.get_state(), torch.default_generator.get_state()
 
@@ -289,7 +309,7 @@ def _absorb(digest: Any, value: Any) -> None:
 
 
 def _user_line(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})" if trace else ""
+    """Where in the user's own files the error arose; in a library's only where no other file took part."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [place for place in frames[1:] if not place[0].startswith(_LIBRARIES)] or frames[-1:]
+    return f" ({own[-1][0]}, line {own[-1][1]})"

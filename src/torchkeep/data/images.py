@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Images(Dataset[Sample]):
         self.augmentations = Augmentations(check_augmentations(augment))
         # a callable of the user's may hold the GIL, or may not bear several threads
         self.threads = not self.augmentations.has_callable
-        known = _images_of(like)
+        known = _images_of(like, self.where)
         known_preprocess = known.schema.preprocess if known else None
         self.channels = channels or (known_preprocess.channels if known_preprocess else 3)
         self.image_size = image_size or (known.image_size if known else None)
@@ -223,7 +224,7 @@ class ImageFolder(Images):
         self.where = str(root)
         names = _scan(self.root)
         found = sorted({name.split("/", 1)[0] for name in names})
-        known = _images_of(like)
+        known = _images_of(like, self.where)
         classes = known.schema["label"].classes if known else tuple(found)
         _check_classes(found, classes, self.where)
         number_of = {name: number for number, name in enumerate(classes)}
@@ -251,7 +252,7 @@ class ImageFolder(Images):
             return -1  # gone since the folder was listed: other data
 
     def _encoded(self, index: int, where: str) -> bytes:
-        return _read_file(self.root / self.names[index], where)
+        return read_image_file(self.root / self.names[index], where)
 
 
 class ImageTable(Images):
@@ -283,7 +284,7 @@ class ImageTable(Images):
         self._bytes, paths = _image_cells(column, f"{self.where}: column {image!r}")
         self._paths = Names([name or "" for name in paths]) if paths is not None else None
         texts = _label_texts(frame, label, self.where)
-        known = _images_of(like)
+        known = _images_of(like, self.where)
         classes = known.schema["label"].classes if known else _classes_in_order(texts, frame, label)
         _check_classes(pc.unique(texts).to_pylist(), classes, f"{self.where}: column {label!r}")
         self.labels = number_words(texts, classes)
@@ -312,16 +313,16 @@ class ImageTable(Images):
         if held is not None:
             return bytes(held)
         if self._paths is not None and self._paths.raw(index):
-            return _read_file(self.path.parent / self._paths[index], where)
+            return read_image_file(self.path.parent / self._paths[index], where)
         raise BadSampleError(
             "this row has no image", where=where, got="an empty cell", expected="an image's bytes or a file's name"
         )
 
 
-def encoded_images(path: Path, image: str) -> Iterator[tuple[str, bytes]]:
-    """The name and the bytes of each image of a table that need not have labels; no bytes where a cell is empty.
+def encoded_images(path: Path, image: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The name of each image of a table that need not have labels, and what reads its bytes.
 
-    Raises:  DataError for a missing column or one that holds no images, BadSampleError for a file that is missing
+    Raises:  DataError for a missing column or one that holds no images; reading raises BadSampleError
     """
     column = require_column(read_frame(path), image, path, "data.image")
     held, paths = _image_cells(column, f"{path}: column {image!r}")
@@ -329,11 +330,16 @@ def encoded_images(path: Path, image: str) -> Iterator[tuple[str, bytes]]:
         name = (paths[row] if paths is not None else None) or f"{path}, row {row}"
         data = held[row].as_py() if held is not None else None
         if data is None and paths is not None and paths[row]:
-            data = _read_file(path.parent / str(paths[row]), name)
-        yield name, bytes(data or b"")
+            yield name, partial(read_image_file, path.parent / str(paths[row]), name)
+        else:
+            yield name, partial(bytes, data or b"")
 
 
-def _read_file(path: Path, where: str) -> bytes:
+def read_image_file(path: Path, where: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises:  BadSampleError where it cannot be read
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -342,12 +348,17 @@ def _read_file(path: Path, where: str) -> bytes:
         ) from None
 
 
-def _images_of(like: Any) -> Images | None:
+def _images_of(like: Any, where: str) -> Images | None:
     """The images behind ``like``, which may be a part of them."""
     whole = getattr(like, "dataset", like)
     if whole is None or isinstance(whole, Images):
         return whole
-    raise DataError("like= is no dataset of images", where="like=", got=type(like).__name__, expected="an ImageFolder")
+    raise DataError(
+        "these are images, and the training data are not",
+        where=where,
+        got="a dataset of images",
+        expected=f"data as in training, a {type(whole).__name__}",
+    )
 
 
 def _schema(classes: Sequence[str], size: tuple[int, int], preprocess: Preprocess) -> Schema:

@@ -7,27 +7,30 @@ going on at batch 100,000 costs what beginning costs.
 from __future__ import annotations
 
 import ast
+import io
 import multiprocessing
 import os
-import random
 import sys
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from ..chance import ChanceKey, epoch_order, keyed_seed, weighted_positions
 from ..contracts import INDEX, VALID, Batch, KeyedDataset
 from ..errors import CheckpointError, DataError, SettingsError
-from .foreign import Foreign, as_dataset, kept_generators, stack
+from .foreign import Foreign, Probe, as_dataset, keyed_generators, stack
+from .splits import Part
 
 Backend = Literal["auto", "inline", "threads", "processes"]
 Last = Literal["keep", "drop", "pad"]
@@ -52,8 +55,8 @@ class Loader:
     """Batches of a dataset; one ``for`` is one epoch.
 
     A batch is a dict of tensors, B first, with ``index`` int64 (B,), and with ``valid`` bool (B,) where ``last="pad"``
-    filled it. ``state_dict()`` counts delivered batches only. ``collate`` gets the list of samples as the dataset
-    gives them.
+    filled it. ``state_dict()`` counts delivered batches only, those of the iteration that began last. ``collate`` gets
+    the list of samples as the dataset gives them; what it draws from global generators is keyed by the batch.
 
     Raises:  SettingsError for a value that cannot be, DataError for a dataset that is none
     """
@@ -94,8 +97,8 @@ class Loader:
         self._executor: Executor | None = None
         self._epoch = 0
         self._delivered = 0
-        self._resumes = False
-        self._active = 0
+        self._is_begun = False
+        self._iterations: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size * self.world_size)
@@ -123,7 +126,7 @@ class Loader:
 
         Raises:  CheckpointError while an epoch is under way, or where the batches were of another size
         """
-        if self._active:
+        if any(iteration.gi_frame is not None for iteration in self._iterations):
             raise CheckpointError(
                 "a loader's state is loaded before its iteration begins",
                 where="Loader.load_state_dict",
@@ -139,25 +142,23 @@ class Loader:
                     expected=state[name],
                     fix="resume with the same data and batch_size times number of ranks",
                 )
-        self._epoch, self._delivered, self._resumes = state["epoch"], state["delivered"], True
+        self._epoch, self._delivered, self._is_begun = state["epoch"], state["delivered"], False
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._resumes:
-            self._resumes = False
-        elif self._delivered:  # the epoch before was left early
-            self._epoch += 1
-            self._delivered = 0
-        return self._run(self._epoch, self._delivered)
+        if self._is_begun:  # the epoch before was left early, or is still under way
+            self._epoch, self._delivered = self._epoch + 1, 0
+        self._is_begun = True
+        iteration = self._run(self._epoch, self._delivered)
+        self._iterations.add(iteration)
+        return iteration
 
-    def _run(self, epoch: int, start: int) -> Iterator[Batch]:
-        self._active += 1
-        try:
-            for delivered, batch in enumerate(self._read_ahead(epoch, start), start + 1):
+    def _run(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+        for delivered, batch in enumerate(self._read_ahead(epoch, start), start + 1):
+            if epoch == self._epoch:
                 self._delivered = delivered
-                yield batch
-            self._epoch, self._delivered = epoch + 1, 0
-        finally:
-            self._active -= 1
+            yield batch
+        if epoch == self._epoch:
+            self._epoch, self._delivered, self._is_begun = epoch + 1, 0, False
 
     def _read_ahead(self, epoch: int, start: int) -> Iterator[Batch]:
         key = ChanceKey(self.seed, epoch)
@@ -168,22 +169,32 @@ class Loader:
                 yield _with_valid(read(dataset, indices, key, collate), valid)
             return
         executor = self._start()
-        waiting: deque[tuple[Future[Batch], Tensor | None]] = deque()
+        waiting: deque[tuple[Future[Any], Indices, Tensor | None]] = deque()
         try:
             for indices, valid in parts:
-                waiting.append((self._submit(executor, indices, key), valid))
+                waiting.append((self._submit(executor, indices, key), indices, valid))
                 if len(waiting) > 2 * self.plan.workers:
-                    yield _finished(*waiting.popleft())
+                    yield self._finished(key, *waiting.popleft())
             while waiting:
-                yield _finished(*waiting.popleft())
+                yield self._finished(key, *waiting.popleft())
         finally:
-            for future, _ in waiting:
+            for future, *_ in waiting:
                 future.cancel()
 
-    def _submit(self, executor: Executor, indices: Indices, key: ChanceKey) -> Future[Batch]:
+    def _submit(self, executor: Executor, indices: Indices, key: ChanceKey) -> Future[Any]:
         if self.plan.backend == "processes":
             return executor.submit(_read_in_worker, indices, key)
-        return executor.submit(read, self.dataset, indices, key, self.collate)
+        if self.collate is not None:
+            return executor.submit(_samples, self.dataset, indices, key)
+        return executor.submit(read, self.dataset, indices, key, None)
+
+    def _finished(self, key: ChanceKey, future: Future[Any], indices: Indices, valid: Tensor | None) -> Batch:
+        result = _result_of(future)
+        if self.plan.backend == "processes":
+            result = {name: _as_tensor(value) for name, value in result.items()}
+        elif self.collate is not None:  # not in the thread: it may draw from generators that the trainer uses meanwhile
+            result = {**_collated(self.dataset, result, indices, key, self.collate), INDEX: torch.from_numpy(indices)}
+        return _with_valid(result, valid)
 
     def _start(self) -> Executor:
         if self._executor is None and self.plan.backend == "threads":
@@ -195,7 +206,7 @@ class Loader:
                 self.plan.workers,
                 multiprocessing.get_context(kind),
                 initializer=_begin_worker,
-                initargs=(self.dataset, self.collate),
+                initargs=(_packed((self.dataset, self.collate)),),
             )
         assert self._executor is not None
         return self._executor
@@ -248,12 +259,31 @@ class Loader:
         # a user's sampler draws from global generators: keyed by the epoch, so that a resume sees the same list
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(key.epoch)
-        with kept_generators():
-            seed = keyed_seed(key, "sampler")
-            random.seed(seed)
-            np.random.seed(seed & 0xFFFFFFFF)
-            torch.default_generator.manual_seed(seed)
-            return np.fromiter(iter(self.sampler), dtype=np.int64)
+        own = getattr(self.sampler, "generator", None)
+        seed = keyed_seed(key, "sampler", own.initial_seed() if isinstance(own, torch.Generator) else 0)
+        with keyed_generators(seed):
+            if not isinstance(own, torch.Generator):
+                return _positions(self.sampler)
+            before = own.get_state()
+            try:
+                own.manual_seed(seed)
+                return _positions(self.sampler)
+            finally:
+                own.set_state(before)
+
+
+def _positions(sampler: Any) -> Indices:
+    listed = list(sampler)
+    try:
+        return np.asarray(listed, dtype=np.int64).reshape(len(listed))
+    except (TypeError, ValueError):
+        raise SettingsError(
+            "this sampler gives no positions",
+            where="Loader(sampler=…)",
+            got=f"{type(listed[0]).__name__}, first from {type(sampler).__name__}",
+            expected="whole numbers, one for each sample",
+            fix="give the sampler inside a batch sampler; batch_size= makes the batches",
+        ) from None
 
 
 def _by_chunk(find: Callable[[int, int], Indices], total: int) -> Callable[[int, int], Indices]:
@@ -271,27 +301,42 @@ def _by_chunk(find: Callable[[int, int], Indices], total: int) -> Callable[[int,
 
 def read(dataset: KeyedDataset, indices: Indices, key: ChanceKey, collate: Collate | None) -> Batch:
     """One batch, read here and now: the same work whoever does it."""
-    batch = dataset.read_batch(indices, key) if collate is None else None
-    if batch is None:
-        batch = _assemble(dataset, _samples(dataset, indices, key), collate)
+    if collate is not None:
+        batch = _collated(dataset, _samples(dataset, indices, key), indices, key, collate)
+    else:
+        batch = dataset.read_batch(indices, key) or _stacked(dataset, _samples(dataset, indices, key))
     batch[INDEX] = torch.from_numpy(indices)
     return batch
 
 
 def _samples(dataset: KeyedDataset, indices: Indices, key: ChanceKey) -> list[Any]:
+    while isinstance(dataset, Part):
+        dataset, indices = dataset.dataset, dataset.indices[indices]
     if isinstance(dataset, Foreign):
         return dataset.read_samples(indices, key)
     return [dataset.read(int(i), key) for i in indices]
 
 
-def _assemble(dataset: KeyedDataset, samples: list[Any], collate: Collate | None) -> Batch:
-    if collate is None:
-        return stack([dataset.named(sample) for sample in samples] if isinstance(dataset, Foreign) else samples)
-    made = collate(samples)
+def foreign_of(dataset: Any) -> Foreign | None:
+    """The foreign dataset that this is, or is a part of."""
+    while isinstance(dataset, Part):
+        dataset = dataset.dataset
+    return dataset if isinstance(dataset, Foreign) else None
+
+
+def _stacked(dataset: KeyedDataset, samples: list[Any]) -> Batch:
+    foreign = foreign_of(dataset)
+    return stack([foreign.named(sample) for sample in samples] if foreign is not None else samples)
+
+
+def _collated(dataset: KeyedDataset, samples: list[Any], indices: Indices, key: ChanceKey, collate: Collate) -> Batch:
+    foreign = foreign_of(dataset)
+    with keyed_generators(keyed_seed(key, "collate", xxhash.xxh3_64_intdigest(indices.tobytes()))):
+        made = _as_tensor(collate(samples))
     if isinstance(made, Mapping):
         return dict(made)
-    if isinstance(made, tuple | list) and isinstance(dataset, Foreign):
-        return dataset.named(tuple(made))
+    if isinstance(made, tuple | list) and foreign is not None:
+        return foreign.named(tuple(made))
     if isinstance(made, Tensor):
         return {"input": made}
     raise DataError(
@@ -308,9 +353,9 @@ def _with_valid(batch: Batch, valid: Tensor | None) -> Batch:
     return batch
 
 
-def _finished(future: Future[Batch], valid: Tensor | None) -> Batch:
+def _result_of(future: Future[Any]) -> Any:
     try:
-        batch = future.result()
+        return future.result()
     except BrokenProcessPool as error:
         raise DataError(
             "a loader process died",
@@ -318,37 +363,76 @@ def _finished(future: Future[Batch], valid: Tensor | None) -> Batch:
             got=error,
             fix="workers = 0 shows the sample's own error",
         ) from error
-    return _with_valid({name: _as_tensor(value) for name, value in batch.items()}, valid)
-
-
-def _as_tensor(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    return {name: _as_tensor(inner) for name, inner in value.items()} if isinstance(value, dict) else value
 
 
 _worker: tuple[KeyedDataset, Collate | None]
 
 
-def _begin_worker(dataset: KeyedDataset, collate: Collate | None) -> None:
+def _begin_worker(packed: bytes) -> None:
     import signal
 
     global _worker
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
-    _worker = dataset, collate
+    _worker = ForkingPickler.loads(packed)
 
 
 def _read_in_worker(indices: Indices, key: ChanceKey) -> Batch:
-    # arrays travel through the pipe: torch's own way names shared memory, which a kill leaves behind
     dataset, collate = _worker
     return {name: _as_array(value) for name, value in read(dataset, indices, key, collate).items()}
 
 
+class _Laid(NamedTuple):
+    """A tensor's values with its axes in the order of memory: another layout would choose other kernels, other bits."""
+
+    array: np.ndarray[Any, Any]
+    axes: tuple[int, ...]
+
+
 def _as_array(value: Any) -> Any:
+    # arrays travel through the pipe: torch's own way names shared memory, which a kill leaves behind
     if isinstance(value, Tensor) and value.dtype != torch.bfloat16:
-        return value.numpy()
-    return {name: _as_array(inner) for name, inner in value.items()} if isinstance(value, dict) else value
+        value = value.detach()
+        if value.is_contiguous():
+            return value.numpy()
+        axes = tuple(sorted(range(value.ndim), key=value.stride, reverse=True))
+        return _Laid(value.permute(axes).numpy(), axes)
+    return _mapped(_as_array, value)
+
+
+def _as_tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value)
+    if isinstance(value, _Laid):
+        return torch.from_numpy(value.array).permute(tuple(int(axis) for axis in np.argsort(value.axes)))
+    return _mapped(_as_tensor, value)
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: change(inner) for name, inner in value.items()}
+    return type(value)(change(inner) for inner in value) if type(value) in (list, tuple) else value
+
+
+class _Packer(ForkingPickler):
+    """Packs tensors by value: torch's own way needs an open file for each, and a process may send 256 of them."""
+
+    def __init__(self, file: Any):
+        super().__init__(file)
+        self.dispatch_table = self.dispatch_table.new_child({Tensor: _reduced})
+
+
+def _reduced(tensor: Tensor) -> Any:
+    plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.dtype != torch.bfloat16
+    if not plain or tensor.requires_grad:
+        return tensor.__reduce_ex__(2)
+    return _as_tensor, (_as_array(tensor),)
+
+
+def _packed(value: Any) -> bytes:
+    file = io.BytesIO()
+    _Packer(file).dump(value)
+    return file.getvalue()
 
 
 def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: Collate | None) -> FeedPlan:
@@ -356,8 +440,10 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     if workers == 0 or backend == "inline":
         return FeedPlan("inline", 0, "as set")
     number = min(_MAX_WORKERS, os.cpu_count() or 1) if workers == "auto" else int(workers)
-    if isinstance(dataset, Foreign):
-        return _plan_foreign(dataset, number, backend, workers == "auto" and backend == "auto", collate)
+    foreign = foreign_of(dataset)
+    if foreign is not None:
+        is_auto = workers == "auto" and backend == "auto"
+        return _plan_foreign(dataset, foreign.probe, number, backend, is_auto, collate)
     if backend == "processes":
         why_not = cannot_travel(dataset, collate)
         return FeedPlan("inline", 0, why_not) if why_not else FeedPlan("processes", number, "as set")
@@ -366,23 +452,25 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     return FeedPlan("inline", 0, "the data lie in memory and are gathered by batch")
 
 
-def _plan_foreign(dataset: Foreign, number: int, backend: str, is_auto: bool, collate: Collate | None) -> FeedPlan:
-    probe = dataset.probe
-    drawn = "; it draws from global generators, seeded per sample" if probe.draws else ""
+def _plan_foreign(
+    dataset: KeyedDataset, probe: Probe, number: int, backend: str, is_auto: bool, collate: Collate | None
+) -> FeedPlan:
+    said = "; it draws from global generators, seeded per sample" if probe.draws else ""
     if is_auto and probe.sample_s < _SLOW_SAMPLE_S:
-        return FeedPlan("inline", 0, f"a sample takes {probe.sample_s * 1e6:.0f} µs{drawn}")
-    if backend == "threads" and not probe.draws:
-        return FeedPlan("threads", number, "as set")
+        return FeedPlan("inline", 0, f"a sample takes {probe.sample_s * 1e6:.0f} µs{said}")
+    if backend == "threads":
+        # neither a draw nor who made it can be told while the trainer draws from the same generators
+        said = f"; a thread would share the trainer's random generators{said}"
     why_not = cannot_travel(dataset, collate)
     if why_not:
-        return FeedPlan("inline", 0, why_not + drawn)
-    return FeedPlan("processes", number, f"a sample takes {probe.sample_s * 1e3:.1f} ms{drawn}")
+        return FeedPlan("inline", 0, why_not + said)
+    return FeedPlan("processes", number, f"a sample takes {probe.sample_s * 1e3:.1f} ms{said}")
 
 
 def cannot_travel(dataset: Any, collate: Any) -> str:
     """Why these cannot be sent to another process; empty where they can."""
     try:
-        sent = bytes(ForkingPickler.dumps((dataset, collate)))
+        sent = _packed((dataset, collate))
     except Exception as error:
         return f"cannot travel to a process: {type(error).__name__}: {error}"
     main = sys.modules.get("__main__")

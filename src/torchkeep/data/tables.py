@@ -198,7 +198,7 @@ class Table(Dataset[Sample]):
         self._frame = frame
         self._drop = tuple(drop)
         self.rows = np.arange(frame.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
-        known = _encoding_of(like)
+        known = _encoding_of(like, self.where)
         for name in drop if known is None else ():
             require_column(frame, name, self.where, "drop")
         require_column(frame, target, self.where, "target")
@@ -260,12 +260,18 @@ class Table(Dataset[Sample]):
         return self.columns["label"].numpy() if "label" in self.columns else None
 
 
-def _encoding_of(like: Any) -> TableEncoding | None:
+def _encoding_of(like: Any, where: str) -> TableEncoding | None:
     if like is None or isinstance(like, TableEncoding):
         return like
-    encoding = getattr(getattr(like, "dataset", like), "encoding", None)
+    whole = getattr(like, "dataset", like)
+    encoding = getattr(whole, "encoding", None)
     if not isinstance(encoding, TableEncoding):
-        raise DataError("like= is no table", where="Table(like=…)", got=type(like).__name__, expected="a Table")
+        raise DataError(
+            "this is a table, and the training data are none",
+            where=where,
+            got="a table",
+            expected=f"data as in training, a {type(whole).__name__}",
+        )
     return encoding
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,16 @@ from .. import gradients
 from ..contracts import INDEX, Batch, Field
 from ..data.decode import decode_image, resize_short_side_and_center_crop
 from ..data.foreign import as_dataset, kept_generators
-from ..data.images import IMAGE_SUFFIXES, encoded_images
+from ..data.images import IMAGE_SUFFIXES, encoded_images, read_image_file
 from ..data.sources import DataSettings
-from ..data.tables import column_names, encode_inputs, read_frame
+from ..data.tables import PARQUET, column_names, encode_inputs, read_frame
 from ..errors import BadSampleError, DataError
 from ..model.freeze import evaluating
 from ..train.device import autocast
 from ..train.objective import prediction_of
 from ..train.prepare import Prepared
 
-_TABLES = (".csv", ".tsv", ".parquet")
+_TABLES = (".csv", ".tsv", *PARQUET)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _tensor(prepared: Prepared, inputs: Tensor) -> Iterator[Part]:
 def _files(prepared: Prepared, paths: list[Path], settings: DataSettings | None) -> Iterator[Part]:
     """Runs of image files as batches, each table by itself."""
     waiting: list[Path] = []
-    for path in _expanded(paths):
+    for path in list(_expanded(paths)):  # all of them are looked for before the first is read
         if path.suffix.lower() in _TABLES:
             yield from _image_files(prepared, waiting)
             waiting = []
@@ -127,7 +128,14 @@ def _files(prepared: Prepared, paths: list[Path], settings: DataSettings | None)
 def _expanded(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from sorted(found for found in path.rglob("*") if found.suffix.lower() in IMAGE_SUFFIXES)
+            images = sorted(found for found in path.rglob("*") if found.suffix.lower() in IMAGE_SUFFIXES)
+            if not images:
+                raise DataError(
+                    "there are no images in this folder",
+                    where=path,
+                    expected=f"files that end in {', '.join(IMAGE_SUFFIXES)}",
+                )
+            yield from images
         elif path.is_file():
             yield path
         else:
@@ -135,18 +143,10 @@ def _expanded(paths: list[Path]) -> Iterator[Path]:
 
 
 def _image_files(prepared: Prepared, paths: list[Path]) -> Iterator[Part]:
-    named = ((str(path), path) for path in paths)
-    yield from _images(prepared, ((name, _bytes_of(path)) for name, path in named))
+    yield from _images(prepared, ((str(path), partial(read_image_file, path, str(path))) for path in paths))
 
 
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError("this file cannot be read", where=path, got=error.strerror or error) from error
-
-
-def _images(prepared: Prepared, encoded: Iterator[tuple[str, bytes]]) -> Iterator[Part]:
+def _images(prepared: Prepared, encoded: Iterator[tuple[str, Callable[[], bytes]]]) -> Iterator[Part]:
     if not any(field.kind == "image" for field in prepared.work.train.schema.values()):
         first = next(encoded, None)
         if first is None:
@@ -157,9 +157,9 @@ def _images(prepared: Prepared, encoded: Iterator[tuple[str, bytes]]) -> Iterato
     names: list[str] = []
     images: list[np.ndarray[Any, Any]] = []
     problems: dict[int, str] = {}
-    for name, data in encoded:
+    for name, read in encoded:
         try:
-            images.append(_pixels(prepared, name, data))
+            images.append(_pixels(prepared, name, read()))
         except BadSampleError as error:
             problems[len(names)] = f"{error.what}: {error.got}"
         names.append(name)
@@ -212,4 +212,4 @@ def _table(prepared: Prepared, path: Path, settings: DataSettings | None) -> Ite
     for start in range(0, total, size):
         batch: Batch = {name: values[start : start + size] for name, values in columns.items()}
         stop = min(start + size, total)
-        yield [f"{path}:{row}" for row in range(start, stop)], {**batch, INDEX: torch.arange(start, stop)}, {}
+        yield [f"{path}, row {row}" for row in range(start, stop)], {**batch, INDEX: torch.arange(start, stop)}, {}

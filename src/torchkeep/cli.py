@@ -222,10 +222,10 @@ def run(command: Callable[[], Any]) -> int:
     except TorchkeepError as error:
         click.echo(error.message(), err=True)
         return error.exit_code
-    except Interrupted as error:
-        click.echo(str(error), err=True)
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps every KeyboardInterrupt
+        if isinstance(cause, Interrupted):
+            click.echo(str(cause), err=True)
         return EXIT_INTERRUPTED
     except click.ClickException as error:
         error.show()

@@ -28,7 +28,7 @@ from ..contracts import Batch, Field, KeyedDataset, Preprocess, Sample, Schema
 from ..errors import BadSampleError, DataError
 from .arrays import Arrays
 
-_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")) + ("<",)
+_LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 

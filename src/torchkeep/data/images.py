@@ -155,8 +155,8 @@ class Images(Dataset[Sample]):
             raise BadSampleError(
                 "this image is of another size than the others",
                 where=where,
-                got=f"{image.shape[1]} × {image.shape[0]} pixels",  # noqa: RUF001
-                expected=f"{self.size[1]} × {self.size[0]} pixels",  # noqa: RUF001
+                got=f"{image.shape[1]} × {image.shape[0]} pixels",
+                expected=f"{self.size[1]} × {self.size[0]} pixels",
                 fix="image_size = 224 brings all images to one size",
             )
 

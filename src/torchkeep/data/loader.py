@@ -13,13 +13,14 @@ import os
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import GeneratorType
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class Loader:
         self._epoch = 0
         self._delivered = 0
         self._is_begun = False
-        self._iterations: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+        self._iterations: weakref.WeakSet[GeneratorType[Batch, None, None]] = weakref.WeakSet()
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size * self.world_size)
@@ -148,11 +149,11 @@ class Loader:
         if self._is_begun:  # the epoch before was left early, or is still under way
             self._epoch, self._delivered = self._epoch + 1, 0
         self._is_begun = True
-        iteration = self._run(self._epoch, self._delivered)
+        iteration = cast("GeneratorType[Batch, None, None]", self._run(self._epoch, self._delivered))
         self._iterations.add(iteration)
         return iteration
 
-    def _run(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+    def _run(self, epoch: int, start: int) -> Iterator[Batch]:
         for delivered, batch in enumerate(self._read_ahead(epoch, start), start + 1):
             if epoch == self._epoch:
                 self._delivered = delivered
@@ -309,9 +310,9 @@ def read(dataset: KeyedDataset, indices: Indices, key: ChanceKey, collate: Colla
     return batch
 
 
-def _samples(dataset: KeyedDataset, indices: Indices, key: ChanceKey) -> list[Any]:
+def _samples(dataset: Any, indices: Indices, key: ChanceKey) -> list[Any]:
     while isinstance(dataset, Part):
-        dataset, indices = dataset.dataset, dataset.indices[indices]
+        indices, dataset = dataset.indices[indices], dataset.dataset
     if isinstance(dataset, Foreign):
         return dataset.read_samples(indices, key)
     return [dataset.read(int(i), key) for i in indices]
@@ -419,10 +420,10 @@ class _Packer(ForkingPickler):
 
     def __init__(self, file: Any):
         super().__init__(file)
-        self.dispatch_table = self.dispatch_table.new_child({Tensor: _reduced})
+        self.dispatch_table = {**self.dispatch_table, Tensor: _reduced}
 
 
-def _reduced(tensor: Tensor) -> Any:
+def _reduced(tensor: Any) -> Any:
     plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.dtype != torch.bfloat16
     if not plain or tensor.requires_grad:
         return tensor.__reduce_ex__(2)

@@ -1,12 +1,11 @@
 """What a person sees while it trains.
 
-A terminal gets one line that is drawn anew, by whoever calls ``progress``: no thread redraws it. Anything else (a
-file, a cluster's log, a notebook without widgets) gets plain lines, seldom.
+A terminal gets one line that is drawn anew, by whoever calls ``progress``: no thread redraws it. A notebook gets the
+same line as one output that is replaced, without any widget. A file or a cluster's log gets plain lines, seldom.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections import deque
@@ -36,11 +35,12 @@ class Console:
 
         self.quiet = quiet
         options: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-        self._rich = RichConsole(file=file, force_jupyter=None if file is None else False, **options)
+        self._in_notebook = file is None and RichConsole().is_jupyter
+        self._rich = RichConsole(file=file, force_jupyter=False, **options)
         self._is_live = _can_redraw(self._rich)
-        if not self._is_live and not self._rich.is_jupyter:
+        if not self._is_live:
             self._rich.width = max(self._rich.width, _PLAIN_COLUMNS)
-        self._live: Live | None = None
+        self._live: Live | _NotebookLine | None = None
         self._total_steps = self._epochs = 0
         self._marks: deque[tuple[float, int]] = deque(maxlen=120)  # 30 s at four calls a second
         self._plain_s = self._epoch_line_s = -math.inf
@@ -106,13 +106,16 @@ class Console:
             self._line(f"going on from step {first_step:,} of {total_steps:,}")
         else:
             self._line(f"{_count(epochs, 'epoch')} of {_count(steps_per_epoch, 'step')}, {total_steps:,} in all")
-        if self._is_live:
+        if self._is_live or self._in_notebook:
             self._start_live()
 
     def _start_live(self) -> None:
+        self._stop_live()
+        if self._in_notebook:
+            self._live = _NotebookLine()
+            return
         from rich.live import Live
 
-        self._stop_live()
         self._live = Live("", console=self._rich, auto_refresh=False, transient=True, redirect_stderr=False)
         self._live.start()
 
@@ -231,9 +234,27 @@ class Console:
             return text.encode("ascii", "replace").decode("ascii")
 
 
+class _NotebookLine:
+    """One output of a notebook's cell, replaced at each update; what rich's own bar there needs widgets for."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def update(self, line: Text, refresh: bool = True) -> None:
+        from IPython.display import display
+
+        shown = {"text/plain": line.plain}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)
+        elif refresh:
+            self._handle.update(shown, raw=True)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.update({"text/plain": ""}, raw=True)
+
+
 def _can_redraw(console: Any) -> bool:
-    if console.is_jupyter:
-        return importlib.util.find_spec("ipywidgets") is not None
     # FORCE_COLOR, as build servers set it, makes rich take a log for a terminal: the file itself must say so
     is_terminal = getattr(console.file, "isatty", lambda: False)()
     return bool(is_terminal and console.is_terminal and not console.is_dumb_terminal)

@@ -61,7 +61,9 @@ def load_function(reference: CodeReference) -> Callable[..., Any]:
 
     Raises:  ModelError if the file fails, or has no such function
     """
-    module_name = f"torchkeep_user_{reference.path.stem}_{reference.sha256[:12]}"
+    # the path too: a copy in another folder reads other files beside it
+    identity = hashlib.sha256(f"{reference.path}|{reference.sha256}".encode("utf-8", "surrogateescape")).hexdigest()
+    module_name = f"torchkeep_user_{reference.path.stem}_{identity[:12]}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, reference.path)
         assert spec is not None

@@ -1,15 +1,16 @@
 """What is asked often must start at once: ``--help`` and ``import torchkeep`` load neither torch nor numpy.
 
-The bound in seconds is the one exception to "no test measures time": the promise itself is a time. It is the best of
-seven runs, after one that is not counted, so that a busy machine fails it only if it is busy for all seven.
+The bound in seconds is the one exception to "no test measures time": the promise itself is a time. It is held against
+the processor's time, which equals the clock's on an idle machine and does not grow with what else runs, and it is the
+best of seven runs after one that is not counted.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -70,9 +71,10 @@ def test_help_comes_at_once() -> None:
     run(HELP)
     fastest = float("inf")
     for _ in range(RUNS):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run(HELP)
-        fastest = min(fastest, time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        fastest = min(fastest, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         if fastest <= HELP_BOUND_S:
             break  # the best can only become better
     assert fastest <= HELP_BOUND_S

@@ -69,7 +69,7 @@ class Binding:
             return (lambda batch: model(batch[only])), only
         if inputs is not None and not isinstance(inputs, str):
             return (lambda batch: model(*[batch[name] for name in names])), ", ".join(names)
-        if len(_required(self._parameters)) == 1:
+        if sum(self._parameters.values()) <= 1:
             return (lambda batch: model({name: batch[name] for name in names})), f"a dict of {', '.join(names)}"
         raise ModelError(
             "the batch's keys do not fit the model's forward",
@@ -109,17 +109,14 @@ def _bind_callable(model: nn.Module, inputs: Callable[[Batch], Any]) -> Call:
     return call
 
 
-def _forward_parameters(model: nn.Module) -> list[str]:
+def _forward_parameters(model: nn.Module) -> dict[str, bool]:
+    """The forward's parameter names, and whether each must be given."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     try:
         found = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
-        return []
-    return [name for name, parameter in found.items() if parameter.kind in kinds]
-
-
-def _required(names: list[str]) -> list[str]:
-    return names[:1] if len(names) == 1 else names
+        return {}
+    return {name: given.default is given.empty for name, given in found.items() if given.kind in kinds}
 
 
 def _can_feed(value: Any) -> bool:

@@ -44,6 +44,8 @@ class OptimizerSettings(Settings):
     """AdamW's averaging of the gradient and of its square."""
     eps: float = Setting(default=1e-8, gt=0)
     """AdamW's guard against division by zero."""
+    fused: Literal["auto"] | bool = "auto"
+    """One kernel for all parameters; "auto": where every parameter is a floating one."""
     schedule: Schedule = "constant"
     """The rate over the steps: "constant", "linear" or "cosine" to zero, "one_cycle"."""
     warmup: float = Setting(default=0.0, ge=0)
@@ -78,8 +80,10 @@ def _between(start: float, end: float, share: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings, load: Callable[[str], Any]) -> torch.optim.Optimizer:
-    """The optimiser that the settings name, fused where the parameters allow it.
+def make_optimizer(
+    model: nn.Module, settings: OptimizerSettings, fused: bool, load: Callable[[str], Any]
+) -> torch.optim.Optimizer:
+    """The optimiser that the settings name.
 
     Raises:  SettingsError if the name is unknown or nothing learns
     """
@@ -94,7 +98,6 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, load: Callable
             expected="at least one",
         )
     groups = _decay_groups(parameters, settings)
-    fused = can_fuse(parameters)
     if settings.name == "adamw":
         return torch.optim.AdamW(
             groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=fused or None

@@ -19,7 +19,7 @@ from ..data.loader import Loader
 from ..errors import ModelError, SettingsError
 from ..keep.checkpoint import Checkpoints
 from ..keep.stopping import EarlyStopping, Mode, better_mode
-from ..model.freeze import evaluating
+from ..model.freeze import evaluating, learning
 from ..watch.console import Console
 from ..watch.records import Recorder
 from .binding import Binding, Inputs, Keys, batch_text
@@ -29,7 +29,7 @@ from .evaluate import Evaluation
 from .loop import Signals, Training
 from .metrics import Adapted, Metric, make_metrics
 from .objective import Objective, check_fit, choose_objective
-from .optim import Average, Optimizers, make_optimizer, own_optimizers, rate_factor
+from .optim import Average, Optimizers, can_fuse, make_optimizer, own_optimizers, rate_factor
 from .recipe import RunSettings
 from .step import Stepper, UserStep
 
@@ -111,6 +111,7 @@ class Prepared:
         self.average = Average(work.model, train.ema) if train.ema else None
         self.best_metric, self.best_mode = self._choose_best()
         self.stopper = self._stopper()
+        self._note_saving()
         every = work.settings.monitor.log_every or decisions.choose(
             "log_every", _LOG_EVERY, "a log point each 50 steps and at each epoch's end", "monitor.log_every"
         )
@@ -249,7 +250,7 @@ class Prepared:
         if work.optimizer is not None and not isinstance(work.optimizer, str):
             by_name = own_optimizers(work.optimizer, work.model)
         else:
-            by_name = {"main": make_optimizer(work.model, settings, work.load)}
+            by_name = {"main": make_optimizer(work.model, settings, self._choose_fused(), work.load)}
             if settings.name in ("adamw", "sgd") and settings.weight_decay and settings.decay == "matrices":
                 self.decisions.note(
                     "weight decay", "matrices only", "biases and normalisation are left out", "optimizer.decay"
@@ -267,6 +268,18 @@ class Prepared:
         else:
             factor = work.schedule
         return Optimizers(by_name, factor, self.total_steps, scheduler, work.schedule_every, scaler)
+
+    def _choose_fused(self) -> bool:
+        chosen = self.work.settings.optimizer
+        if chosen.fused != "auto" or chosen.name not in ("adamw", "sgd"):
+            return chosen.fused is True
+        fused, reason = can_fuse(learning(self.work.model)), "one kernel for all parameters"
+        return bool(self.decisions.choose("fused update", fused, reason, "optimizer.fused"))
+
+    def _note_saving(self) -> None:
+        if self.work.settings.checkpoint.every == "epoch":
+            reason = "a short epoch's best waits in memory for the next save"
+            self.decisions.note("saving", "each epoch, 10 s apart at least", reason, "checkpoint.every")
 
     def _choose_best(self) -> tuple[str | None, Mode]:
         chosen = self.work.settings.checkpoint

@@ -291,19 +291,6 @@ def test_a_full_disk_is_said_at_the_checkpoint_and_overcome(tmp_path: Path) -> N
         assert (len(seqs) == 100) == kept
 
 
-def test_logging_costs_little(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "r", attempt=0)
-    values = {"train/loss": 0.5}
-    costs_s = []
-    for _ in range(20):
-        began = time.perf_counter()
-        for step in range(200):
-            recorder.log("scalars", step=step, samples=step, epoch=0, values=values)
-        costs_s.append((time.perf_counter() - began) / 200)
-    recorder.close()
-    assert min(costs_s) < 10e-6  # about 1 µs where nobody else computes
-
-
 def test_settings() -> None:
     assert MonitorSettings().views == ["tensorboard"]
     assert MonitorSettings().log_every is None

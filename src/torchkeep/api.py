@@ -260,15 +260,20 @@ def resume(run_dir: str | Path, *, set: Sequence[str] = (), trust_code: str | No
             facts = folder.read_run()
             recipe, base = _recorded_recipe(folder, facts, list(set))
             work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
+            facts = {**facts, "recipe": recipe.model_dump(mode="json")}
             return _execute(work, facts, recipe, base, None, folder, lock, console)
 
 
 def open_run(run_dir: str | Path, *, trust_code: str | None = None) -> Run:
-    """Open a recipe's run to evaluate it or to predict with it. Nothing is trained or written."""
+    """Open a recipe's run to evaluate it or to predict with it. Nothing is trained or written.
+
+    Raises:  RunFolderError if there is no such run, DataError or CheckpointError where its data are gone or changed
+    """
     folder = open_run_folder(run_dir)
     facts = folder.read_run()
     recipe, base = _recorded_recipe(folder, facts, [])
     work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
+    _check_data(work, facts)  # classes and a table's statistics are read from the training data again
     return Run(folder, Prepared(work, Decisions(facts["decisions"])), recipe, base)
 
 
@@ -464,6 +469,17 @@ def _execute(
 
 def _check_same(work: Work, facts: Json, recorded: Json, console: Console) -> None:
     """Say what changed since the run began; another dataset is an error."""
+    _check_data(work, recorded)
+    for name in ("recipe", "settings"):
+        for key, old, new in difference(recorded.get(name), facts.get(name)) if facts.get(name) else []:
+            console.warn(f"{key} was {old!r} and is {new!r} now: the resume is best-effort")
+
+
+def _check_data(work: Work, recorded: Json) -> None:
+    """The data must be those that the run began with.
+
+    Raises:  CheckpointError naming the splits that changed
+    """
     now = work.fingerprints()
     then = recorded["data"]["fingerprints"]
     changed = [name for name in then if now.get(name) != then[name]]
@@ -475,6 +491,3 @@ def _check_same(work: Work, facts: Json, recorded: Json, console: Console) -> No
             expected=", ".join(str(then[name]) for name in changed),
             fix="put the data back as they were, or start a new run",
         )
-    for name in ("recipe", "settings"):
-        for key, old, new in difference(recorded.get(name), facts.get(name)) if facts.get(name) else []:
-            console.warn(f"{key} was {old!r} and is {new!r} now: the resume is best-effort")

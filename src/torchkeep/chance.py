@@ -20,6 +20,7 @@ U64 = np.ndarray[Any, np.dtype[np.uint64]]
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _ROUNDS = 4
+_SORTED_SIZE = 256  # four rounds over so few bits prefer some orders of 4 samples to others by half; a sort does not
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ def epoch_order(key: ChanceKey, size: int, start: int, stop: int) -> np.ndarray[
     """
     if not 0 <= start <= stop <= size:
         raise ValueError(f"positions [{start}, {stop}) of {size}")
+    if size <= _SORTED_SIZE:
+        draws = keyed_bits(key, "order", np.arange(size))
+        return np.argsort(draws, kind="stable")[start:stop].astype(np.int64)
     bits = max(2, (size - 1).bit_length())  # a domain below 2 x size (or 4): under 2 walks on average
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)

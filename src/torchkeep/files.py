@@ -59,7 +59,7 @@ def reported(path: Path) -> Iterator[None]:
             where=path,
             got=f"{error.strerror or error} (errno {error.errno})",
             expected="a writable folder with free space",
-            fix="free some space or choose another folder with --run-dir, then resume; what was saved before is whole",
+            fix="free some space, or choose a folder that can be written; what was saved before is whole",
         ) from error
 
 

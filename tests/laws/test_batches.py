@@ -1,4 +1,4 @@
-"""Law 1 for the loader: the same batches whoever reads them and however many, and the rest of any epoch from any place."""
+"""Law 1 for the loader: the same batches whoever reads them, and the rest of an epoch from any place in it."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def test_ranks_together_give_the_global_batches(make: Make, last: Last) -> None:
     alone = batches(tk.Loader(make(), 8, shuffle=True, seed=2, last=last))
     ranks = [tk.Loader(make(), 2, shuffle=True, seed=2, last=last, rank=rank, world_size=4) for rank in range(4)]
     assert {len(loader) for loader in ranks} == {len(alone)}
-    for whole, *parts in zip(alone, *map(batches, ranks), strict=True):
-        if last == "keep" and len(whole["index"]) < 8:  # 26 = 3 · 8 + 2: two ranks get one sample, two get none
-            parts = [part for part in parts if len(part["index"])]
+    for whole, *parts in zip(
+        alone, *map(batches, ranks), strict=True
+    ):  # 26 = 3 · 8 + 2: two ranks get one sample, two none
         for name in whole:
             assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
 
@@ -120,9 +120,10 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples() -> None:
     state: dict[str, int] = {}
     for rank in range(2):
         loader = tk.Loader(data, 4, shuffle=True, rank=rank, world_size=2)
-        for _, batch in zip(range(3), loader, strict=False):
-            state = loader.state_dict()
-        assert torch.equal(batch["index"], wanted[2]["index"][4 * rank : 4 * rank + 4])
+        begun = iter(loader)
+        third = [next(begun) for _ in range(3)][2]
+        state = loader.state_dict()
+        assert torch.equal(third["index"], wanted[2]["index"][4 * rank : 4 * rank + 4])
     alone = tk.Loader(data, 8, shuffle=True)
     alone.load_state_dict(state)
     assert all_same(batches(alone), wanted[3:])

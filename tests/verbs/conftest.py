@@ -6,7 +6,6 @@ A command runs in this process through ``torchkeep.cli.run``, or in one of its o
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -221,7 +220,6 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         monkeypatch.setenv(name, str(value))
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONWARNINGS", os.environ.get("PYTHONWARNINGS", ""))
     monkeypatch.chdir(tmp_path)
     made = Desk(tmp_path, capsys.readouterr)
     yield made

@@ -66,7 +66,7 @@ def test_the_digits_recipe_leaves_a_whole_run_and_its_next_commands_work(desk: A
 
     inspected = desk.say(*shlex.split(commands[2])[1:])
     assert inspected.code == 0
-    assert "(64, 1, 8, 8)" in inspected.out
+    assert "(32, 1, 8, 8)" in inspected.out
     assert "1,182" in inspected.out
 
     predicted = desk.say(*shlex.split(commands[1].replace("FILES", str(DIGITS / "test.parquet")))[1:])
@@ -207,7 +207,7 @@ def test_the_same_recipe_gives_the_same_bits(desk: Any) -> None:
 
 
 def test_schema_describes_every_key(desk: Any) -> None:
-    said = desk.type("schema")
+    said = desk.say("schema")
     assert (said.code, said.err) == (0, "")
     schema = json.loads(said.out)
     parts = {"recipe": schema, **schema["$defs"]}
@@ -216,7 +216,6 @@ def test_schema_describes_every_key(desk: Any) -> None:
         assert described["additionalProperties"] is False, part
         for key, value in described["properties"].items():
             assert value.get("description"), f"{part}.{key}"
-    assert desk.say("schema").out == said.out
 
 
 @pytest.mark.parametrize("verb", ["", "train", "resume", "evaluate", "predict", "inspect", "runs", "schema"])

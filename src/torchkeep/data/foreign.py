@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import statistics
 import sysconfig
 import time
 import traceback
@@ -127,17 +128,17 @@ class Foreign(Dataset[Any]):
         return self._probe
 
     def _look(self, indices: list[int]) -> Probe:
-        draws, repeatable = False, True
-        started = time.perf_counter()
+        draws, repeatable, times_s = False, True, []
         for index in indices:
             before = _generator_states()
+            started = time.perf_counter()
             self._raw(index)
+            times_s.append(time.perf_counter() - started)
             draws = draws or not _same_states(before, _generator_states())
-        sample_s = (time.perf_counter() - started) / len(indices)
         for index in indices:
             first, second = (_digest(self._keyed(index, ChanceKey())) for _ in range(2))
             repeatable = repeatable and first == second
-        return Probe(draws, repeatable, sample_s)
+        return Probe(draws, repeatable, statistics.median(times_s))
 
     def _keyed(self, index: int, key: ChanceKey) -> Any:
         _seed(keyed_seed(key, "foreign", index))

@@ -138,11 +138,11 @@ class Images(Dataset[Sample]):
 
         Raises:  BadSampleError where it cannot be decoded
         """
-        where = where or f"{self.id_of(index)} (sample {index})"
+        where = where or f"{self.where}: {self.id_of(index)} (sample {index})"
         return decode_image(self._encoded(index, where), where, self.channels)
 
     def _sized(self, index: int, key: ChanceKey) -> U8:
-        where = f"{self.id_of(index)} (sample {index}, epoch {key.epoch})"
+        where = f"{self.where}: {self.id_of(index)} (sample {index}, epoch {key.epoch + 1})"
         image = self.decoded(index, where)
         if self.image_size is None:
             self._check_size(image, where)

@@ -302,6 +302,9 @@ def _by_chunk(find: Callable[[int, int], Indices], total: int) -> Callable[[int,
 
 def read(dataset: KeyedDataset, indices: Indices, key: ChanceKey, collate: Collate | None) -> Batch:
     """One batch, read here and now: the same work whoever does it."""
+    if not len(indices):  # a rank's share of a last batch with fewer samples than ranks: the same keys, no rows
+        one = read(dataset, np.zeros(1, dtype=np.int64), key, collate)
+        return {name: value[:0] for name, value in one.items()}
     if collate is not None:
         batch = _collated(dataset, _samples(dataset, indices, key), indices, key, collate)
     else:

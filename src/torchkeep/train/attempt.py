@@ -28,19 +28,29 @@ def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: floa
     checkpoints = checkpoints_of(prepared, folder, console)
     views = [TensorBoardView(folder.tensorboard, number)] if "tensorboard" in settings.monitor.views else []
     recorder = Recorder(folder.records, attempt=number, views=views, on_alert=console.warn)
-    training = prepared.training(checkpoints, recorder, console, Signals())
+    training = prepared.training(checkpoints, recorder, console, Signals(), _go_on(prepared, folder))
     try:
-        _begin(training, prepared, folder, number, began)
+        saved = _restore(training, settings.seed)  # a checkpoint that does not fit leaves no record behind
+        _announce(training, prepared, folder, saved)
+        if number == 0:
+            _record_start(training, prepared, began)
+        metrics, reason = _train(training, prepared)
+    finally:
+        with contextlib.suppress(Exception):
+            recorder.close()
+    _summarise(training, prepared, folder, metrics, reason, began)
+
+
+def _train(training: Training, prepared: Prepared) -> tuple[dict[str, float], str]:
+    try:
+        training.recorder.log("attempt_start", **training.clock.state_dict(), from_step=training.clock.step)
         reason = training.run()
         metrics = {**training.metrics, **_test(prepared, training)}
         _record_end(training, "finished", metrics, reason)
     except BaseException as error:
         _record_failure(training, error)
         raise
-    finally:
-        with contextlib.suppress(Exception):
-            recorder.close()
-    _summarise(training, prepared, folder, metrics, reason, began)
+    return metrics, reason
 
 
 def checkpoints_of(prepared: Prepared, folder: RunFolder, console: Console | None = None) -> Checkpoints:
@@ -65,27 +75,31 @@ def put(model: nn.Module, checkpoints: Checkpoints, saved: Saved) -> None:
     load_model(model, {**state["model"], **(state["optimizer"]["average"] or {})})
 
 
-def _begin(training: Training, prepared: Prepared, folder: RunFolder, number: int, began: float) -> None:
-    console, settings = training.console, prepared.work.settings
+def _restore(training: Training, seed: int) -> Saved | None:
+    """Become the newest whole checkpoint; without one, seed what a fresh run draws from."""
     saved = training.checkpoints.latest()
-    if saved is not None:
-        training.load_state_dict(training.checkpoints.load(saved))
-        console.say(f"resumed from step {saved.step}, epoch {training.clock.epoch} ({saved.path})")
-        if prepared.device.type != "cpu" and not settings.train.deterministic:
-            console.warn(
-                "without train.deterministic = true a GPU's sums differ in their last bits: best-effort resume"
-            )
+    if saved is None:
+        seed_generators(seed)
     else:
-        seed_generators(settings.seed)
+        training.load_state_dict(training.checkpoints.load(saved))
+    return saved
+
+
+def _announce(training: Training, prepared: Prepared, folder: RunFolder, saved: Saved | None) -> None:
+    console = training.console
+    if saved is not None:
+        console.say(f"resumed from step {saved.step}, epoch {training.clock.epoch} ({saved.path})")
+        if prepared.device.type != "cpu" and not prepared.work.settings.train.deterministic:
+            console.warn("without train.deterministic = true a GPU's last bits differ: the resume is best-effort")
     console.decisions(prepared.decisions.rows)
     console.say(f"run       {folder.path}")
-    clock = training.clock
-    at = {"step": clock.step, "samples": clock.samples, "epoch": clock.epoch}
-    training.recorder.log("attempt_start", **at, from_step=clock.step)
-    if number == 0:
-        training.recorder.log("run_start", **at, began=began, seed=settings.seed)
-        for row in prepared.decisions.to_json():
-            training.recorder.log("decision", **at, **row)
+
+
+def _record_start(training: Training, prepared: Prepared, began: float) -> None:
+    at = training.clock.state_dict()
+    training.recorder.log("run_start", **at, began=began, seed=prepared.work.settings.seed)
+    for row in prepared.decisions.to_json():
+        training.recorder.log("decision", **at, **row)
 
 
 def _test(prepared: Prepared, training: Training) -> dict[str, float]:
@@ -97,14 +111,12 @@ def _test(prepared: Prepared, training: Training) -> dict[str, float]:
         if best is not None:
             put(model, training.checkpoints, best)
         measured = prepared.measure(prepared.work.test, "test")
-    clock = training.clock
-    training.recorder.log("scalars", step=clock.step, samples=clock.samples, epoch=clock.epoch, values=measured)
+    training.recorder.log("scalars", **training.clock.state_dict(), values=measured)
     return measured
 
 
 def _record_end(training: Training, status: str, metrics: dict[str, float], reason: str) -> None:
-    clock = training.clock
-    at = {"step": clock.step, "samples": clock.samples, "epoch": clock.epoch}
+    at = training.clock.state_dict()
     training.recorder.log("run_end", **at, status=status, reason=reason, metrics=dict(metrics))
     training.recorder.flush(durable=True)
 
@@ -133,6 +145,12 @@ def _summarise(
         ("record", str(folder.records)),
     ]
     training.console.summary(folder.name, rows, _next_commands(prepared, folder))
+
+
+def _go_on(prepared: Prepared, folder: RunFolder) -> str:
+    if prepared.work.is_recipe:
+        return f"torchkeep resume {folder.path}"
+    return f'run the same program again with tk.fit(…, run_dir="{folder.path}", resume="auto")'
 
 
 def _next_commands(prepared: Prepared, folder: RunFolder) -> list[str]:

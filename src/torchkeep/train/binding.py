@@ -39,6 +39,8 @@ class Binding:
     ):
         self.model = model
         self._parameters = _forward_parameters(model)
+        self._takes_all = not self._parameters and _takes_keywords(model)
+        self._gives_targets = False
         keys = [name for name in batch if name not in _NOT_INPUT]
         self.targets = _find_targets(batch, keys, known_targets, targets)
         self.call, self.how = self._bind(batch, keys, inputs, with_targets)
@@ -82,18 +84,19 @@ class Binding:
     def _keywords(self, names: list[str], with_targets: bool) -> dict[str, str] | None:
         """Keyword → key, where the forward knows every name; the targets too where the model makes its own loss."""
         known = self._parameters
-        if not names or any(name not in known for name in names):
+        if not names or not (self._takes_all or all(name in known for name in names)):
             return None
         words = {name: name for name in names}
-        if with_targets:
-            for target in self.targets:
-                word = target if target in known else "labels" if target == "label" and "labels" in known else None
-                words |= {word: target} if word else {}
+        for target in self.targets if with_targets else ():
+            word = target if target in known else "labels" if target == "label" and "labels" in known else None
+            if word and target not in names:
+                words[word] = target
+                self._gives_targets = True
         return words
 
     def makes_own_loss(self) -> bool:
-        """Whether the model's forward takes the targets, as models that return ``.loss`` do."""
-        return any(name in self._parameters for name in (*self.targets, "labels")) and bool(self.targets)
+        """Whether the model is given the targets, as models that return ``.loss`` want them."""
+        return self._gives_targets
 
 
 def _bind_callable(model: nn.Module, inputs: Callable[[Batch], Any]) -> Call:
@@ -117,6 +120,14 @@ def _forward_parameters(model: nn.Module) -> dict[str, bool]:
     except (TypeError, ValueError):
         return {}
     return {name: given.default is given.empty for name, given in found.items() if given.kind in kinds}
+
+
+def _takes_keywords(model: nn.Module) -> bool:
+    try:
+        found = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in found)
 
 
 def _can_feed(value: Any) -> bool:

@@ -45,33 +45,33 @@ class Evaluation:
         for metric in self._metrics:
             metric.reset()
         losses: list[Tensor] = []
-        counts: list[int] = []
+        counts: list[Tensor] = []
         if self.average is not None:
             self.average.swap()
         try:
             with kept_generators(), evaluating(self._binding.model), gradients.none_needed():
                 for batch in loader:
-                    losses.append(self._measure(batch))
-                    counts.append(len(batch[INDEX]))
+                    loss, count = self._measure(batch)
+                    losses.append(loss)
+                    counts.append(torch.as_tensor(count, device=loss.device))
         finally:
             if self.average is not None:
                 self.average.swap()
-        values = torch.stack(losses).double().cpu().tolist()
-        loss = sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
-        measured = {metric.name: metric.compute() for metric in self._metrics if self._has_seen(metric)}
-        return {f"{split}/{name}": value for name, value in {"loss": loss, **measured}.items()}
+        measured = {metric.name: metric.compute() for metric in self._metrics if metric.has_seen}
+        return {f"{split}/{name}": value for name, value in {"loss": _mean(losses, counts), **measured}.items()}
 
-    def _measure(self, batch: Batch) -> Tensor:
-        moved = self._mover(batch)
+    def _measure(self, batch: Batch) -> tuple[Tensor, int | Tensor]:
+        """The loss, and how many targets it is the mean of: the split's loss is no matter of the batch size."""
+        moved, size = self._mover(batch), len(batch[INDEX])
         with autocast(self._precision, self._mover.device):
             if self._user_step is not None:
-                return self._own(self._user_step, moved)
+                return self._own(self._user_step, moved), size
             output = self._binding.call(moved)
             target = self._binding.target(moved)
             loss = self._objective(output, target)
         for metric in self._metrics:
             metric.update(prediction_of(output), target)
-        return loss
+        return loss, self._objective.count(target, size)
 
     def _own(self, user_step: UserStep, batch: Batch) -> Tensor:
         assert self._stepper is not None
@@ -82,5 +82,9 @@ class Evaluation:
                 metric.update(prediction_of(logged["output"]), logged["target"])
         return loss
 
-    def _has_seen(self, metric: Metric | Adapted) -> bool:
-        return not isinstance(metric, Metric) or metric.state_dict()["total"] is not None
+
+def _mean(losses: list[Tensor], counts: list[Tensor]) -> float:
+    values = torch.stack(losses).double().cpu().tolist()
+    shares = torch.stack(counts).double().cpu().tolist()
+    counted = [(value, share) for value, share in zip(values, shares, strict=True) if share]
+    return sum(value * share for value, share in counted) / sum(shares) if counted else float("nan")

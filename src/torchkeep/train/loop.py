@@ -83,13 +83,16 @@ class Window:
         self.values, self.counts, self.extras = state["values"], state["counts"], state["extras"]
 
 
-def _non_finite(value: float, step: int, batches: list[Batch]) -> NonFiniteLossError:
+def _samples_text(batches: list[Batch]) -> str:
     ids = [int(i) for batch in batches for i in batch[INDEX]]
-    shown = ", ".join(map(str, ids[:16])) + (f" … ({len(ids)} in all)" if len(ids) > 16 else "")
+    return "samples " + ", ".join(map(str, ids[:16])) + (f" … ({len(ids)} in all)" if len(ids) > 16 else "")
+
+
+def _non_finite(value: float, step: int, batches: list[Batch]) -> NonFiniteLossError:
     return NonFiniteLossError(
         f"the loss became {value}",
         where=f"step {step}",
-        got=f"samples {shown}",
+        got=_samples_text(batches),
         expected="a finite loss",
         fix="a lower optimizer.learning_rate, train.clip_norm = 1.0, or a look at these samples; "
         "the last good checkpoint stays",
@@ -151,18 +154,20 @@ class Training:
         recorder: Recorder,
         console: Console,
         signals: Signals,
+        go_on: str,
     ):
         self.settings, self.clock, self.stepper, self.evaluation = settings, clock, stepper, evaluation
         self.loader, self.valid, self.total_steps, self.log_every = loader, valid, total_steps, log_every
         self.best_metric, self.stopper, self.average = best_metric, stopper, average
         self.train_metrics, self.checkpoints, self.recorder = train_metrics, checkpoints, recorder
-        self.console, self.signals = console, signals
+        self.console, self.signals, self.go_on = console, signals, go_on
         self.best = Best()
         self.history: list[dict[str, Any]] = []
         self.metrics: dict[str, float] = {}
         self.window = Window()
         self._epoch_loss, self._epoch_samples = 0.0, 0
         self._next_log = log_every
+        self._last_batches: list[Batch] = []
         self._trained_s, self._trained_samples = 0.0, 0
         every = settings.checkpoint.every
         self._save_steps = every if isinstance(every, int) else None
@@ -209,10 +214,15 @@ class Training:
         begun, samples = time.perf_counter(), clock.samples
         last_of_epoch = (clock.epoch + 1) * math.ceil(len(self.loader) / self.settings.train.accumulate)
         for batches in self._groups():
-            result = stepper(batches)
+            try:
+                result = stepper(batches)
+            except Exception as error:
+                error.add_note(f"in step {clock.step + 1} of epoch {clock.epoch + 1}, {_samples_text(batches)}")
+                raise
             clock.step += 1
             clock.samples += result.samples
             window.add(result, batches)
+            self._last_batches = batches
             now = time.perf_counter()
             if clock.step >= self._next_log:
                 self._log_point()
@@ -258,8 +268,7 @@ class Training:
         self.window.values, self.window.counts, self.window.extras = [], [], {}
 
     def _record(self, kind: str, **payload: Any) -> None:
-        clock = self.clock
-        self.recorder.log(kind, step=clock.step, samples=clock.samples, epoch=clock.epoch, **payload)
+        self.recorder.log(kind, **self.clock.state_dict(), **payload)
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + _TICK_S
@@ -327,19 +336,35 @@ class Training:
     def save(self) -> None:
         """A durable checkpoint of this step, with the records up to here made durable before it."""
         self.window.read(self.clock.step)
+        self._check_parameters()
         at_epoch_end = bool(self.history) and self.history[-1]["step"] == self.clock.step
         self.recorder.flush(durable=True)
         self.checkpoints.save(self.clock.step, self.state_dict(), self.metrics if at_epoch_end else {})
         self._last_saved_step = self.clock.step
         self._last_save = time.perf_counter()
 
+    def _check_parameters(self) -> None:
+        """The last update may have ruined the parameters after a loss that was still finite.
+
+        Raises:  NonFiniteLossError; what was saved before stands
+        """
+        floating = [p.detach() for p in self.stepper.model.parameters() if p.is_floating_point() and p.numel()]
+        if floating and not bool(torch.stack(torch._foreach_norm(floating)).isfinite().all()):
+            raise NonFiniteLossError(
+                "the update left parameters that are not finite",
+                where=f"step {self.clock.step}",
+                got=_samples_text(self._last_batches),
+                expected="finite parameters",
+                fix="a lower optimizer.learning_rate or train.clip_norm = 1.0; the last good checkpoint stays",
+            )
+
     def _leave(self) -> None:
         if self._last_saved_step != self.clock.step:
             self.save()
-        what = f"after step {self.clock.step}; the state is saved in {self.checkpoints.folder.parent}"
+        what = f"after step {self.clock.step}; the state is saved"
         if self.signals.asked == signal.SIGTERM:
-            raise PreemptedError(f"preempted {what}", fix="torchkeep resume, or the same command with --resume auto")
-        raise Interrupted(f"interrupted {what}")
+            raise PreemptedError(f"preempted {what}", fix=self.go_on)
+        raise Interrupted(f"interrupted {what}", fix=self.go_on)
 
     _last_saved_step = -1
 

@@ -23,8 +23,13 @@ class Metric:
     """
 
     def __init__(self, name: str):
-        self.name = name
+        self.name = self.kind = name
         self._total: Tensor | None = None
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether anything was added."""
+        return self._total is not None
 
     def reset(self) -> None:
         self._total = None
@@ -56,10 +61,7 @@ class Accuracy(Metric):
 
     def _measure(self, output: Tensor, target: Tensor) -> Tensor:
         classes, truth = classes_of(output, target)
-        right = (classes == truth).sum()
-        if truth.ndim == 1:
-            return torch.stack([right, right.new_tensor(truth.numel())])
-        return torch.stack([right, (truth != _IGNORED).sum()])
+        return torch.stack([(classes == truth).sum(), (truth != _IGNORED).sum()])
 
 
 class TopK(Metric):
@@ -71,18 +73,17 @@ class TopK(Metric):
 
     def _measure(self, output: Tensor, target: Tensor) -> Tensor:
         best = output.topk(min(self.k, output.shape[1]), dim=1).indices
-        right = (best == target.unsqueeze(1)).sum()
-        return torch.stack([right, right.new_tensor(target.numel())])
+        return torch.stack([(best == target.unsqueeze(1)).sum(), (target != _IGNORED).sum()])
 
 
 class ClassCounts(Metric):
-    """F1, precision or recall: the mean over classes that occur (macro), or of the positive class where there are two
-    classes and one logit. Source: Manning, Raghavan, Schütze 2008, sections 8.3 and 13.6.
+    """F1, precision or recall: the mean over classes that occur (macro), or of the positive class where each target
+    has one logit. Source: Manning, Raghavan, Schütze 2008, sections 8.3 and 13.6.
     """
 
     def _measure(self, output: Tensor, target: Tensor) -> Tensor:
         classes, truth = classes_of(output, target)
-        self._is_binary = output.ndim == 1 or output.shape[1] == 1
+        self._is_binary = output.ndim == target.ndim or output.shape[1] == 1
         count = 2 if self._is_binary else output.shape[1]
         kept = truth != _IGNORED
         cells = (truth[kept] * count + classes[kept]).flatten()
@@ -93,9 +94,9 @@ class ClassCounts(Metric):
         size = int(len(total) ** 0.5)
         table = total.view(size, size)
         hit, true, said = table.diagonal(), table.sum(1), table.sum(0)
-        if self.name == "precision":
+        if self.kind == "precision":
             values = hit / said.clamp(min=1)
-        elif self.name == "recall":
+        elif self.kind == "recall":
             values = hit / true.clamp(min=1)
         else:
             values = 2 * hit / (true + said).clamp(min=1)
@@ -126,13 +127,16 @@ class Adapted:
     def __init__(self, name: str, metric: Any):
         self.name = name
         self._metric = metric
+        self.has_seen = False
 
     def reset(self) -> None:
+        self.has_seen = False
         self._metric.reset()
 
     def update(self, output: Tensor, target: Tensor) -> None:
         if hasattr(self._metric, "to") and getattr(self._metric, "device", output.device) != output.device:
             self._metric.to(output.device)
+        self.has_seen = True
         self._metric.update(output.detach(), target)
 
     def compute(self) -> float:
@@ -191,10 +195,18 @@ def check_metric_name(name: str) -> None:
 def make_metrics(given: Sequence[Any] | Mapping[str, Any]) -> list[Metric | Adapted]:
     """Metrics by name, or objects with update, compute and reset; a dict names the objects.
 
-    Raises:  SettingsError for what is neither
+    Raises:  SettingsError for what is neither, and for two of one name
     """
     pairs = list(given.items()) if isinstance(given, Mapping) else [(None, item) for item in given]
-    return [_make(name, item) for name, item in pairs if item != "loss"]
+    made = [_make(name, item) for name, item in pairs if not isinstance(item, str) or item != "loss"]
+    names = [metric.name for metric in made]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SettingsError(
+            "two metrics have one name", where="metrics", got=", ".join(names), expected=f"one {twice[0]!r}",
+            fix='metrics={"first": …, "second": …} names them',
+        )  # fmt: skip
+    return made
 
 
 def _make(name: str | None, item: Any) -> Metric | Adapted:
@@ -204,7 +216,9 @@ def _make(name: str | None, item: Any) -> Metric | Adapted:
         except ValueError as error:
             raise SettingsError("there is no such metric", where="metrics", got=repr(item), expected=error) from None
         match = _TOP.fullmatch(item)
-        return TopK(int(match[1])) if match else _NAMED[item](item)
+        metric = TopK(int(match[1])) if match else _NAMED[item](item)
+        metric.name = name or metric.name
+        return metric
     if all(hasattr(item, verb) for verb in ("update", "compute", "reset")):
         return Adapted(name or _snake(type(item).__name__), item)
     raise SettingsError(

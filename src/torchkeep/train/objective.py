@@ -34,7 +34,7 @@ def own_loss_of(output: Any) -> Tensor | None:
 
 
 class Objective:
-    """``objective(output, target)`` → loss (); ``count(target)`` → how many targets it is the mean of."""
+    """``objective(output, target)`` → loss (); ``count(target, batch_size)`` → how many targets it is the mean of."""
 
     def __init__(self, name: str, loss: Loss | None):
         self.name = name
@@ -43,8 +43,9 @@ class Objective:
     def __call__(self, output: Any, target: Any) -> Tensor:
         if self._loss is None:
             return self._from_output(output)
-        if isinstance(output, Tensor) or self.name == "own":
-            return self._loss(output) if target is None else self._loss(output, target)
+        if self.name == "own":
+            loss = self._loss(output) if target is None else self._loss(output, target)
+            return loss if loss.ndim == 0 else loss.reshape(())
         return self._loss(prediction_of(output), target)
 
     def _from_output(self, output: Any) -> Tensor:
@@ -59,12 +60,23 @@ class Objective:
             )
         return loss
 
-    @staticmethod
-    def count(target: Any, batch_size: int) -> int | Tensor:
-        """How many targets a mean runs over: tokens where labels are ignored, samples else."""
-        if isinstance(target, Tensor) and target.ndim >= 2 and not target.is_floating_point():
-            return (target != _IGNORED).sum()
-        return batch_size
+    def count(self, target: Any, batch_size: int) -> int | Tensor:
+        """How many targets the loss is the mean of, each by its class's weight; those that are ignored do not count."""
+        if not isinstance(target, Tensor):
+            return batch_size
+        if self.name in ("mse", "binary_cross_entropy"):
+            return target.numel()
+        is_cross_entropy = isinstance(self._loss, _CrossEntropy | nn.CrossEntropyLoss)
+        if target.is_floating_point():
+            return target.numel() // target.shape[1] if is_cross_entropy and target.ndim > 1 else batch_size
+        if not is_cross_entropy and target.ndim < 2:
+            return batch_size
+        kept = target != getattr(self._loss, "ignore_index", _IGNORED)
+        weight = getattr(self._loss, "weight", None) if is_cross_entropy else None
+        if weight is None:
+            return kept.sum()
+        counted: Tensor = (weight.to(target.device)[target.where(kept, 0)] * kept).sum()
+        return counted
 
 
 def choose_objective(
@@ -76,6 +88,8 @@ def choose_objective(
     """
     if callable(loss):
         _only_cross_entropy("own", class_weights, label_smoothing)
+        if isinstance(loss, nn.Module):
+            loss.to(next((p.device for p in binding.model.parameters()), None))
         return Objective("own", loss), "as given"
     name, reason = (loss, "as set") if loss not in (None, "auto") else _name_for(binding, batch_target)
     if name not in _NAMED:
@@ -125,8 +139,10 @@ class _CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.weight is not None and self.weight.device != output.device:
-            self.weight = self.weight.to(output.device)
+        if output.dtype in (torch.bfloat16, torch.float16):  # what autocast left: a sum of exponentials needs more
+            output = output.float()
+        if self.weight is not None and (self.weight.device, self.weight.dtype) != (output.device, output.dtype):
+            self.weight = self.weight.to(output.device, output.dtype)
         if output.ndim == 3 and target.ndim == 2:  # (B, T, K) of a language model
             output = output.transpose(1, 2)
         return F.cross_entropy(output, target, self.weight, label_smoothing=self.label_smoothing)
@@ -177,6 +193,7 @@ def check_fit(objective: Objective, output: Any, target: Any, num_classes: int, 
         objective(output, target)
         return
     if objective.name == "own":
+        _check_own(objective, output, target, where)
         return
     if not isinstance(prediction, Tensor) or not isinstance(target, Tensor):
         raise ModelError(
@@ -190,6 +207,22 @@ def check_fit(objective: Objective, output: Any, target: Any, num_classes: int, 
         _check_classes(prediction, target, num_classes, where)
     else:
         aligned(prediction, target)
+
+
+def _check_own(objective: Objective, output: Any, target: Any, where: str) -> None:
+    got = f"output {shape_text(output) or type(output).__name__}, target {shape_text(target) or 'none'}"
+    try:
+        objective(output, target)
+    except Exception as error:
+        if "grad" in str(error):  # a loss that differentiates by itself: there is no graph in this first look
+            return
+        raise ModelError(
+            "the loss cannot take this output and this target",
+            where=where,
+            got=f"{type(error).__name__}: {error} - with {got}",
+            expected="a function (output, target) → one number",
+            fix="targets= names the target's keys; a loss gives a mean, so no reduction='none'",
+        ) from error
 
 
 def _check_classes(prediction: Tensor, target: Tensor, num_classes: int, where: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field as Setting
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, SettingsError
+from ..errors import CheckpointError, SettingsError, TorchkeepError
 from ..model.freeze import learning
 from ..settings import Settings
 from ..usercode import is_reference
@@ -23,6 +23,9 @@ RateFactor = Callable[[int, int], float]
 _ONE_CYCLE_START = 1 / 25
 _ONE_CYCLE_END = 1 / 25e4
 _ONE_CYCLE_RISE = 0.3
+
+
+_Share = Annotated[float, Setting(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
@@ -40,7 +43,7 @@ class OptimizerSettings(Settings):
     """SGD's momentum."""
     nesterov: bool = False
     """SGD's look-ahead."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Share, _Share] = (0.9, 0.999)
     """AdamW's averaging of the gradient and of its square."""
     eps: float = Setting(default=1e-8, gt=0)
     """AdamW's guard against division by zero."""
@@ -88,7 +91,7 @@ def make_optimizer(
     Raises:  SettingsError if the name is unknown or nothing learns
     """
     if is_reference(settings.name):
-        return _checked(load(settings.name)(model), settings.name)
+        return _checked(_made(settings.name, lambda: load(settings.name)(model)), settings.name)
     parameters = learning(model)
     if not parameters:
         raise SettingsError(
@@ -98,25 +101,37 @@ def make_optimizer(
             expected="at least one",
         )
     groups = _decay_groups(parameters, settings)
-    if settings.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=fused or None
+    own: dict[str, dict[str, Any]] = {
+        "adamw": {"betas": settings.betas, "eps": settings.eps},
+        "sgd": {"momentum": settings.momentum, "nesterov": settings.nesterov},
+    }
+    if settings.name not in own:
+        raise SettingsError(
+            "there is no such optimiser",
+            where="recipe: optimizer.name",
+            got=repr(settings.name),
+            expected='"adamw", "sgd" or file.py:function',
+            fix="tk.fit(optimizer=…) takes any torch.optim.Optimizer",
         )
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            fused=fused or None,
-        )
-    raise SettingsError(
-        "there is no such optimiser",
-        where="recipe: optimizer.name",
-        got=repr(settings.name),
-        expected='"adamw", "sgd" or file.py:function',
-        fix="tk.fit(optimizer=…) takes any torch.optim.Optimizer",
+    kind: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.name]
+    made: torch.optim.Optimizer = _made(
+        settings.name, lambda: kind(groups, lr=settings.learning_rate, fused=fused or None, **own[settings.name])
     )
+    return made
+
+
+def _made(name: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:
+        if isinstance(error, TorchkeepError):
+            raise
+        raise SettingsError(
+            "this optimiser cannot be made",
+            where=f"recipe: optimizer.name = {name!r}",
+            got=f"{type(error).__name__}: {error}",
+            expected="settings that it takes",
+        ) from error
 
 
 def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
@@ -170,8 +185,12 @@ class Optimizers:
         self._factor = factor
         self._total_steps = total_steps
         self._scheduler = scheduler
-        self._every = scheduler_every
+        self._wants_metric = scheduler is not None and "metrics" in inspect.signature(scheduler.step).parameters
+        # ReduceLROnPlateau watches evaluations, of which an epoch has one
+        self._every = "epoch" if self._wants_metric else scheduler_every
+        _check_owner(scheduler, by_name)
         self._scheduled: list[tuple[dict[str, Any], float]] = []
+        self._used: dict[str, float] = {}
         if factor is not None:
             groups = [group for optimizer in by_name.values() for group in optimizer.param_groups]
             self._scheduled = [(group, float(group.setdefault("initial_lr", group["lr"]))) for group in groups]
@@ -192,20 +211,23 @@ class Optimizers:
     def after_step(self) -> None:
         """Advance a scheduler object that counts steps."""
         if self._scheduler is not None and self._every == "step":
+            self._used = self._current()
             self._scheduler.step()
 
     def after_epoch(self, metric: float | None) -> None:
         """Advance a scheduler object that counts epochs, or one that watches a metric."""
         if self._scheduler is None or self._every != "epoch":
             return
-        wants_metric = "metrics" in inspect.signature(self._scheduler.step).parameters
-        if wants_metric and metric is not None:
-            self._scheduler.step(metric)
-        elif not wants_metric:
+        if not self._wants_metric:
             self._scheduler.step()
+        elif metric is not None:
+            self._scheduler.step(metric)
 
     def rates(self) -> dict[str, float]:
-        """The learning rate of each optimiser's first group, by tag."""
+        """The learning rate that the last update of each optimiser's first group was taken with, by tag."""
+        return self._used or self._current()
+
+    def _current(self) -> dict[str, float]:
         if len(self.by_name) == 1:
             return {"train/learning_rate": float(self.main.param_groups[0]["lr"])}
         return {f"train/learning_rate/{name}": float(o.param_groups[0]["lr"]) for name, o in self.by_name.items()}
@@ -256,19 +278,32 @@ def _distinct(by_name: dict[str, torch.optim.Optimizer]) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _plain_state(scheduler: Any) -> dict[str, Any]:
-    # a scheduler keeps callables and counters of its own among its state
-    keep = (bool, int, float, str, list, tuple, dict, type(None))
-    state: dict[str, Any] = scheduler.state_dict()
-    return {name: value for name, value in state.items() if isinstance(value, keep) and _is_plain(value)}
+def _check_owner(scheduler: Any, by_name: dict[str, torch.optim.Optimizer]) -> None:
+    owner = getattr(scheduler, "optimizer", None)
+    if isinstance(owner, torch.optim.Optimizer) and all(owner is not optimizer for optimizer in by_name.values()):
+        raise SettingsError(
+            "this scheduler steers another optimiser than the one that trains",
+            where="schedule",
+            got=f"{type(scheduler).__name__} of another {type(owner).__name__}",
+            expected="a scheduler of the optimizer that is given",
+            fix="optimizer= takes the scheduler's optimiser; schedule= also takes a function optimizer → scheduler",
+        )
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
+_LEFT_OUT = object()
+
+
+def _plain_state(scheduler: Any) -> Any:
+    # a scheduler keeps callables among its state, and a chain of schedulers their states
+    return _plain(scheduler.state_dict())
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return all(_is_plain(item) for item in value.values())
-    return value is None or isinstance(value, bool | int | float | str | Tensor)
+        return {name: kept for name, item in value.items() if (kept := _plain(item)) is not _LEFT_OUT}
+    if isinstance(value, list | tuple):
+        return type(value)(None if (kept := _plain(item)) is _LEFT_OUT else kept for item in value)
+    return value if value is None or isinstance(value, bool | int | float | str | Tensor) else _LEFT_OUT
 
 
 class Average:
@@ -279,7 +314,9 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float):
         self._live = [p for p in model.parameters() if p.is_floating_point()]
-        self._names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+        places = {id(p): place for place, p in enumerate(self._live)}
+        named = model.named_parameters(remove_duplicate=False)  # a tied parameter is saved under each of its names
+        self._names = {name: places[id(p)] for name, p in named if id(p) in places}
         self._kept = [p.detach().clone() for p in self._live]
         self._decay = decay
 
@@ -296,8 +333,8 @@ class Average:
             kept.copy_(held)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(zip(self._names, self._kept, strict=True))
+        return {name: self._kept[place] for name, place in self._names.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, kept in zip(self._names, self._kept, strict=True):
-            kept.copy_(state[name])
+        for name, place in self._names.items():
+            self._kept[place].copy_(state[name])

@@ -28,7 +28,7 @@ from .device import Mover, autocast, choose_device, choose_precision, choose_thr
 from .evaluate import Evaluation
 from .loop import Signals, Training
 from .metrics import Adapted, Metric, make_metrics
-from .objective import Objective, check_fit, choose_objective
+from .objective import Objective, check_fit, choose_objective, prediction_of
 from .optim import Average, Optimizers, can_fuse, make_optimizer, own_optimizers, rate_factor
 from .recipe import RunSettings
 from .step import Stepper, UserStep
@@ -234,6 +234,23 @@ class Prepared:
             classes = max([schema[name].num_classes for name in schema.targets] or [0])
             self._check_weights(classes)
             check_fit(self.objective, output, target, classes, f"{type(model).__name__}, loss {self.objective.name}")
+            self._try_metrics(prediction_of(output), target)
+
+    def _try_metrics(self, output: Any, target: Any) -> None:
+        for metric in self.metrics:
+            try:
+                metric.update(output, target)
+                metric.compute()
+            except Exception as error:
+                said = f"{error.got}" if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+                raise SettingsError(
+                    "this metric does not fit the data",
+                    where=f"train.metrics: {metric.name}",
+                    got=said,
+                    expected=error.expected if isinstance(error, ModelError) else "a metric of this kind of target",
+                ) from error
+            finally:
+                metric.reset()
 
     def _check_weights(self, classes: int) -> None:
         weights = self.work.settings.train.class_weights
@@ -283,7 +300,7 @@ class Prepared:
 
     def _choose_best(self) -> tuple[str | None, Mode]:
         chosen = self.work.settings.checkpoint
-        known = [f"valid/{name}" for name in ("loss", *(metric.name for metric in self.metrics))]
+        known = self._measured
         if self.valid is None:
             if chosen.metric is not None:
                 raise SettingsError(
@@ -293,14 +310,7 @@ class Prepared:
                     expected="data.valid or data.valid_fraction",
                 )
             return None, "min"
-        if chosen.metric is not None and chosen.metric not in known and self.work.step is None:
-            raise SettingsError(
-                "this metric is not measured",
-                where="checkpoint.metric",
-                got=repr(chosen.metric),
-                expected=f"one of {', '.join(known)}",
-                fix="add it to train.metrics",
-            )
+        self._check_measured("checkpoint.metric", chosen.metric)
         metric = chosen.metric or (known[1] if len(known) > 1 else known[0])
         mode: Mode = better_mode(metric) if chosen.mode == "auto" else chosen.mode
         if chosen.metric is None:
@@ -309,11 +319,26 @@ class Prepared:
             )
         return metric, mode
 
+    @property
+    def _measured(self) -> list[str]:
+        return [f"valid/{name}" for name in ("loss", *(metric.name for metric in self.metrics))]
+
+    def _check_measured(self, where: str, metric: str | None) -> None:
+        if metric is not None and metric not in [*self._measured, "train/loss"]:
+            raise SettingsError(
+                "this metric is not measured",
+                where=where,
+                got=repr(metric),
+                expected=f"one of {', '.join(self._measured)}",
+                fix="add it to train.metrics",
+            )
+
     def _stopper(self) -> EarlyStopping | None:
         chosen = self.work.settings.early_stopping
         if chosen.patience is None:
             return None
         metric = chosen.metric or self.best_metric
+        self._check_measured("early_stopping.metric", chosen.metric)
         if metric is None:
             raise SettingsError(
                 "early stopping watches a validation split",
@@ -324,7 +349,9 @@ class Prepared:
         mode: Mode = better_mode(metric) if chosen.mode == "auto" else chosen.mode
         return EarlyStopping(metric, mode, chosen.patience, chosen.min_delta)
 
-    def training(self, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals) -> Training:
+    def training(
+        self, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals, go_on: str
+    ) -> Training:
         """The training itself, once it has a folder."""
         return Training(
             self.work.settings,
@@ -343,6 +370,7 @@ class Prepared:
             recorder=recorder,
             console=console,
             signals=signals,
+            go_on=go_on,
         )
 
     def close(self) -> None:

@@ -80,6 +80,13 @@ class RunSettings(Settings):
     monitor: MonitorSettings = Setting(default_factory=MonitorSettings)
     """What is recorded and shown."""
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not name.strip(" .") or any(sign in name for sign in '/\\:*?"<>|'):
+            raise ValueError("a name that a folder can have")
+        return name
+
 
 class Recipe(RunSettings):
     """A whole training, by names."""

@@ -13,6 +13,7 @@ from .. import gradients
 from ..chance import ChanceKey, keyed_seed
 from ..contracts import INDEX, Batch, Clock
 from ..errors import ModelError
+from ..model.describe import shape_text
 from .binding import Binding
 from .device import Mover, autocast
 from .metrics import Adapted, Metric
@@ -109,10 +110,10 @@ class Stepper:
         total = sum(counts[1:], counts[0])
         losses = []
         for batch, count in zip(moved, counts, strict=True):
-            share = count / total
-            loss = self._forward(batch)
-            gradients.backward(loss, self.optimizers.scaler, share)
-            losses.append(loss.detach() * share)
+            part = self._forward(batch) * count / total
+            gradients.backward(part, self.optimizers.scaler)
+            # a mean over no targets at all is no number, and no part of the whole mean either
+            losses.append(torch.where(count > 0, part.detach(), 0.0) if isinstance(count, Tensor) else part.detach())
         return StepResult(torch.stack(losses).sum(), sum(len(b[INDEX]) for b in batches), self._update())
 
     def _forward_plain(self, batch: Batch) -> Tensor:
@@ -128,12 +129,13 @@ class Stepper:
 
     def _update(self) -> dict[str, Tensor] | None:
         scaler, extras = self.optimizers.scaler, None
-        for optimizer in self.optimizers.by_name.values():
-            if self._clip_norm is not None:
-                if scaler is not None:
+        optimizers = self.optimizers.by_name.values()
+        if self._clip_norm is not None:
+            if scaler is not None:
+                for optimizer in optimizers:
                     scaler.unscale_(optimizer)
-                owned = (p for group in optimizer.param_groups for p in group["params"])
-                extras = {"gradient_norm": gradients.clip(owned, self._clip_norm)}
+            extras = {"gradient_norm": gradients.clip(self.optimizers.parameters, self._clip_norm)}
+        for optimizer in optimizers:
             if scaler is None:
                 optimizer.step()
             else:
@@ -147,7 +149,7 @@ class Stepper:
         many = len(self.optimizers.by_name) > 1
         gradients.clear(self.optimizers.parameters)
         for batch in batches:
-            context = self.context(training=True)
+            context = self.context(training=True, parts=len(batches))
             with autocast(self._precision, self._mover.device):
                 logged = split_logged(user_step(self.model, self._mover(batch), context))
             loss, extras = logged
@@ -165,15 +167,22 @@ class Stepper:
             extras = {**(extras or {}), **(self._update() or {})}
         return StepResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), samples, extras)
 
-    def context(self, training: bool) -> Context:
+    def context(self, training: bool, parts: int = 1) -> Context:
         """What a user's step is told now."""
         made = Context(self._mover.device, self._clock.step, self._clock.epoch, training, self._seed, _no_backward)
         if training:
-            made.backward = self._backward_for(made)
+            made.backward = self._backward_for(made, parts)
         return made
 
-    def _backward_for(self, context: Context) -> Callable[..., None]:
+    def _backward_for(self, context: Context, parts: int) -> Callable[..., None]:
         def backward(loss: Tensor, optimizer: str | torch.optim.Optimizer | None = None) -> None:
+            if parts > 1:
+                raise ModelError(
+                    "context.backward updates at once, so that no batches can be accumulated",
+                    where="context.backward",
+                    got=f"{parts} batches of one step",
+                    expected="train.accumulate = 1, or a step that only returns its loss",
+                )
             context.used_backward = True
             chosen = self._chosen(optimizer)
             owned = [p for group in chosen.param_groups for p in group["params"]]
@@ -218,21 +227,28 @@ def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor]]:
     Raises:  ModelError where there is no loss in it
     """
     if isinstance(logged, Tensor):
-        return logged, {}
-    if not isinstance(logged, dict) or not isinstance(logged.get("loss"), Tensor):
+        logged = {"loss": logged}
+    loss = logged.get("loss") if isinstance(logged, dict) else None
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ModelError(
             "a step gives its loss",
             where="step",
-            got=", ".join(logged) if isinstance(logged, dict) else type(logged).__name__,
-            expected='{"loss": a tensor, anything to log}',
+            got=_answer_text(logged),
+            expected='{"loss": a tensor of one number, anything to log}',
         )
     kept = ("loss", "output", "target")
     extras = {
-        name: value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+        name: value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
         for name, value in logged.items()
         if name not in kept and (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1))
     }
-    return logged["loss"], extras
+    return loss.reshape(()), extras
+
+
+def _answer_text(logged: Any) -> str:
+    if not isinstance(logged, dict):
+        return type(logged).__name__
+    return ", ".join(f"{name} {shape_text(value) or type(value).__name__}" for name, value in logged.items()) or "{}"
 
 
 def _no_backward(loss: Tensor, optimizer: str | torch.optim.Optimizer | None = None) -> None:

@@ -145,7 +145,7 @@ def test_a_damaged_image_is_named_with_sample_and_epoch(root: Path, data: bytes)
     folder = ImageFolder(root)
     with pytest.raises(BadSampleError) as caught:
         folder.read_batch(np.arange(12), ChanceKey(0, 2))
-    assert caught.value.where == "ants/01.png (sample 0, epoch 2)"
+    assert caught.value.where == f"{root}: ants/01.png (sample 0, epoch 3)"
     assert folder.read(1, ChanceKey())["image"].shape == (3, 20, 24)
 
 
@@ -273,7 +273,7 @@ def test_a_tables_fingerprint_follows_bytes_and_labels(table: Make) -> None:
 def test_images_without_labels_can_be_listed(table: Make, tmp_path: Path) -> None:
     table([png(0), None], ["a", "b"])
     listed = list(encoded_images(tmp_path / "t.parquet", "image"))
-    assert [data for _, data in listed] == [png(0), b""]
+    assert [read() for _, read in listed] == [png(0), b""]
 
 
 def test_real_photographs_are_read_with_train_and_validation_alike() -> None:

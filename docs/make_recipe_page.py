@@ -52,7 +52,7 @@ def type_text(field: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(parts))
     if field.get("type") == "array":
         if "prefixItems" in field:
-            return f"list of {len(field['prefixItems'])} {type_text(field['prefixItems'][0])}s"
+            return f"list of {len(field['prefixItems'])}, each {type_text(field['prefixItems'][0])}"
         return f"list of {type_text(field['items'])}"
     bounds = [text.format(f"{field[key]:g}") for key, text in _BOUNDS.items() if key in field]
     return " ".join([_TYPES[field["type"]], *bounds])

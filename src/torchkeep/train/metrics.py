@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, SettingsError, nearest
-from .objective import aligned
+from .objective import aligned, classes_are_last
 
 _IGNORED = -100
 _TOP = re.compile(r"top(\d+)")
@@ -164,7 +164,7 @@ def classes_of(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     if output.ndim == target.ndim or (output.ndim == target.ndim + 1 and output.shape[1] == 1):
         return (aligned(output, target) > 0).long(), target.long()
-    if output.ndim == 3 and target.ndim == 2 and output.shape[:2] == target.shape:
+    if classes_are_last(output, target):
         return output.argmax(2), target
     if output.ndim == target.ndim + 1:
         return output.argmax(1), target

@@ -130,8 +130,13 @@ def _only_cross_entropy(name: str, class_weights: list[float] | None, label_smoo
         )
 
 
+def classes_are_last(output: Tensor, target: Tensor) -> bool:
+    """Whether an output is (B, T, K), as language models give it, and not (B, K, T)."""
+    return output.ndim == 3 and output.shape[:2] == target.shape
+
+
 class _CrossEntropy(nn.Module):
-    """Shapes:  logits (B, K, …), target int64 (B, …) or probabilities (B, K, …) → ()"""
+    """Shapes:  logits (B, K, …) or (B, T, K), target int64 (B, …) or probabilities (B, K, …) → ()"""
 
     def __init__(self, weight: Tensor | None, label_smoothing: float):
         super().__init__()
@@ -143,7 +148,7 @@ class _CrossEntropy(nn.Module):
             output = output.float()
         if self.weight is not None and (self.weight.device, self.weight.dtype) != (output.device, output.dtype):
             self.weight = self.weight.to(output.device, output.dtype)
-        if output.ndim == 3 and target.ndim == 2:  # (B, T, K) of a language model
+        if classes_are_last(output, target):
             output = output.transpose(1, 2)
         return F.cross_entropy(output, target, self.weight, label_smoothing=self.label_smoothing)
 
@@ -226,7 +231,7 @@ def _check_own(objective: Objective, output: Any, target: Any, where: str) -> No
 
 
 def _check_classes(prediction: Tensor, target: Tensor, num_classes: int, where: str) -> None:
-    classes_axis = -1 if prediction.ndim == 3 and target.ndim == 2 else 1
+    classes_axis = -1 if classes_are_last(prediction, target) else 1
     if target.is_floating_point():
         fits = prediction.shape == target.shape
         got, expected = f"output {tuple(prediction.shape)}", f"target {tuple(target.shape)}"

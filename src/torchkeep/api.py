@@ -19,6 +19,7 @@ from .errors import CheckpointError, RunFolderError, SettingsError
 from .files import FolderLock
 from .folder import RunFolder, create_run_folder, list_runs, open_run_folder
 from .keep.checkpoint import Checkpoints, Saved
+from .keep.generators import seed_generators
 from .model.build import build_model
 from .model.describe import ModuleRow, describe
 from .settings import check, difference, override
@@ -26,7 +27,7 @@ from .share.predict import Prediction, predict_all
 from .tensors import tensor_sha256
 from .train.attempt import attempt, checkpoints_of, put
 from .train.decisions import Decisions
-from .train.prepare import Prepared, Work, describe_object, seed_generators, source_folder
+from .train.prepare import Prepared, Work, describe_object, source_folder
 from .train.provenance import code_state, command, environment
 from .train.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
 from .usercode import CodeReference, check_trusted, load_function, read_reference
@@ -205,7 +206,8 @@ def fit(
     ``step(model, batch, context)`` → ``{"loss": …, anything to log}`` replaces binding and loss. ``settings`` takes
     further sections as a recipe has them: ``{"train": {"clip_norm": 1.0}}``.
 
-    The model is trained in place and keeps its last parameters; ``run.model()`` is a copy with the best ones.
+    The model is trained in place and keeps its last parameters; ``run.model()`` is a copy with the best ones. ``seed``
+    keys order, augmentation and dropout; the first weights are the model's own: seed torch before it is made.
 
     Raises:  SettingsError, DataError, ModelError before anything is written; Interrupted, PreemptedError after saving
     """
@@ -230,6 +232,7 @@ def fit(
     with contextlib.closing(console):
         lock = FolderLock(found.path).acquire() if found else None
         with _released(lock):
+            metrics = [metrics] if isinstance(metrics, str) else metrics
             work = Work(
                 checked, model, as_dataset(train), as_dataset(valid) if valid is not None else None,
                 as_dataset(test) if test is not None else None, batch_size, workers, last, loss, metrics, optimizer,
@@ -260,6 +263,7 @@ def resume(run_dir: str | Path, *, set: Sequence[str] = (), trust_code: str | No
             facts = folder.read_run()
             recipe, base = _recorded_recipe(folder, facts, list(set))
             work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
+            work.assignments = set
             facts = {**facts, "recipe": recipe.model_dump(mode="json")}
             return _execute(work, facts, recipe, base, None, folder, lock, console)
 
@@ -384,8 +388,10 @@ def _trusting(facts: Json, trust_code: str | None) -> Callable[[CodeReference], 
 
 def _recorded_recipe(folder: RunFolder, facts: Json, assignments: list[str]) -> tuple[Recipe, Path]:
     data = facts.get("recipe")
-    if data is not None and assignments:
-        data = override(data, assignments)
+    if data is not None:
+        starts = [row for row in read_records(folder.records) if row["kind"] == "attempt_start"]
+        earlier = [assignment for row in starts for assignment in row.get("set", [])]
+        data = override(data, [*earlier, *assignments])
     if data is None:
         objects = facts.get("objects", {})
         raise SettingsError(
@@ -470,7 +476,7 @@ def _execute(
 def _check_same(work: Work, facts: Json, recorded: Json, console: Console) -> None:
     """Say what changed since the run began; another dataset is an error."""
     _check_data(work, recorded)
-    for name in ("recipe", "settings"):
+    for name in ("recipe", "settings", "objects"):
         for key, old, new in difference(recorded.get(name), facts.get(name)) if facts.get(name) else []:
             console.warn(f"{key} was {old!r} and is {new!r} now: the resume is best-effort")
 

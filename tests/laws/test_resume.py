@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,13 +113,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "plateau": (net, {"optimizer": sgd, "schedule": plateau}),
     "scheduler": (net, {"optimizer": sgd, "schedule": chained}),
     "metrics": (net, {"metrics": ["accuracy", "f1"], "settings": {"train": {"train_metrics": True}}}),
-    "draws": (lambda: nn.Linear(4, 3), {"train": tk.Foreign(Noisy(size=45)), "valid": None, "collate": None}),
+    "draws": (lambda: nn.Linear(4, 3), {"train": tk.Foreign(Noisy(size=45)), "valid": Noisy(size=20)}),
 }
 
 
 def fit(case: str, folder: Path, stop_at: int | None = None) -> tuple[tk.Run, int]:
     """The run, and how many forwards were trained. Two epochs of three batches; log points within the epochs."""
     make, given = CASES[case]
+    torch.manual_seed(0)
     model, watch = make(), Interrupting(stop_at)
     if case == "draws":
         model = nn.Sequential(nn.Dropout(0.1), model).double()
@@ -144,7 +146,7 @@ def test_a_run_interrupted_at_every_step_ends_the_same(case: str, tmp_path: Path
             fit(case, folder, number)
         assert RunFolder(folder).status() == "interrupted"
         resumed, rest = fit(case, folder)
-        assert number + rest in (forwards, forwards + 1)  # within a group of micro-batches the group is finished
+        assert number + rest in (forwards, forwards - 1)  # of two micro-batches the second is trained on too
         assert resumed.dir == folder
         assert resumed.sha256() == sha256
         assert all_of(folder) == wanted
@@ -164,6 +166,22 @@ def test_a_run_interrupted_again_and_again_ends_the_same(tmp_path: Path) -> None
     assert all_of(again.dir) == wanted
 
 
+@pytest.mark.parametrize("lost", ["newest", "all"])
+def test_a_run_whose_checkpoints_were_lost_ends_the_same(lost: str, tmp_path: Path) -> None:
+    """The newest is damaged: the one before it is taken. None is there, as after a kill before the first: from 0."""
+    wanted = all_of(fit("plain", tmp_path / "whole")[0].dir)
+    folder = tmp_path / "stopped"
+    with pytest.raises(tk.Interrupted):
+        fit("plain", folder, 5)
+    newest = folder / "checkpoints" / "step-00000005" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    if lost == "all":
+        shutil.rmtree(folder / "checkpoints")
+    _, forwards = fit("plain", folder)
+    assert forwards == {"newest": 2, "all": 6}[lost]
+    assert all_of(folder) == wanted
+
+
 def stopping_at(step: int, folder: Path, stop: bool) -> tk.Run:
     model = net()
     model.register_forward_pre_hook(Interrupting(step if stop else None))
@@ -180,18 +198,20 @@ def test_a_run_interrupted_at_the_last_of_its_steps_is_still_evaluated(tmp_path:
     assert all_of(stopping_at(4, tmp_path / "stopped", False).dir) == wanted
 
 
+@pytest.mark.xfail(strict=True, reason="Window.read takes the names of its first step for those of all")
 def test_what_is_logged_now_and_then_is_the_same_after_a_resume(tmp_path: Path) -> None:
-    """A key that a step logs at every third step only."""
+    """A key that a step logs at every third step only, beside one that it always logs."""
 
     def seldom(model: nn.Module, batch: dict[str, Tensor], context: Any) -> dict[str, Any]:
         loss = F.cross_entropy(model(batch["input"]), batch["target"])
-        return {"loss": loss, **({"seldom": loss} if context.step % 3 == 1 else {})}
+        return {"loss": loss, "always": 1.0, **({"seldom": loss} if context.step % 3 == 1 else {})}
 
     def run(name: str, stop_at: int | None) -> tk.Run:
         model = net()
         model.register_forward_pre_hook(Interrupting(stop_at))
-        return tk.fit(model, DATA, epochs=2, batch_size=15, step=seldom, run_dir=tmp_path / name, resume="auto",
-                      quiet=True, settings={"train": {"threads": 1}}, monitor={"views": [], "log_every": 3})  # fmt: skip
+        return tk.fit(model, DATA, epochs=2, batch_size=15, step=seldom, run_dir=tmp_path / name, quiet=True,
+                      settings={"train": {"threads": 1}}, monitor={"views": [], "log_every": 3},
+                      resume="auto")  # fmt: skip
 
     wanted = all_of(run("whole", None).dir)
     for number in (1, 2):
@@ -269,6 +289,7 @@ every = 5
 metric = "valid/loss"
 [early_stopping]
 patience = 3
+metric = "valid/accuracy"
 [monitor]
 views = []
 log_every = 1

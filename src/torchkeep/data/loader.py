@@ -145,6 +145,10 @@ class Loader:
                 )
         self._epoch, self._delivered, self._is_begun = state["epoch"], state["delivered"], False
 
+    def rewind(self) -> None:
+        """Begin with epoch 0 again: an evaluation draws the same each time, also in a run that was resumed."""
+        self._epoch, self._delivered, self._is_begun = 0, 0, False
+
     def __iter__(self) -> Iterator[Batch]:
         if self._is_begun:  # the epoch before was left early, or is still under way
             self._epoch, self._delivered = self._epoch + 1, 0

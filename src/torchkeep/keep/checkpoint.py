@@ -179,11 +179,13 @@ class Checkpoints:
             raise CheckpointError("this checkpoint cannot be used", where=path, got=damage)
         return self._saved(path)
 
-    def load(self, saved: Saved | Path) -> dict[str, Any]:
+    def load(self, saved: Saved | Path | None) -> dict[str, Any]:
         """The state that was saved, tensors on the CPU.
 
         Raises:  CheckpointError where a file is damaged, missing or of another format
         """
+        if saved is None:
+            raise CheckpointError("there is no whole checkpoint", where=self.folder, expected="a folder step-…")
         path = saved.path if isinstance(saved, Saved) else Path(saved)
         damage = find_damage(path)
         if damage:

@@ -70,18 +70,21 @@ def _predict_batch(prepared: Prepared, batch: Batch) -> list[dict[str, Any]]:
         output = prediction_of(prepared.binding.call(prepared.mover(batch))).float().cpu()
     schema = prepared.work.train.schema
     target = next((schema[name] for name in schema.targets), None)
-    return said_of(output, target)
+    return said_of(output, target, is_binary=prepared.objective.name == "binary_cross_entropy")
 
 
-def said_of(output: Tensor, target: Field | None) -> list[dict[str, Any]]:
+def said_of(output: Tensor, target: Field | None, is_binary: bool = False) -> list[dict[str, Any]]:
     """Logits as labels with their probabilities, other outputs as numbers.
 
-    Shapes:  output (B, K), (B, 1) or (B,)
+    Shapes:  output (B, K), (B, 1) or (B,); one logit for two classes where ``is_binary``
     """
-    if output.ndim == 1 or output.shape[1] == 1:
-        return [{"value": float(value)} for value in output.reshape(len(output))]
-    best = output.softmax(1).max(1)
     classes = target.classes if target is not None else ()
+    if output.ndim == 1 or output.shape[1] == 1:
+        numbers = output.reshape(len(output))
+        if not is_binary:
+            return [{"value": float(value)} for value in numbers]
+        output = torch.stack([torch.zeros_like(numbers), numbers], 1)  # their softmax is the logit's sigmoid
+    best = output.softmax(1).max(1)
     return [
         {"label": classes[i] if i < len(classes) else str(i), "probability": float(p)}
         for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)

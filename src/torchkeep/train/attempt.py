@@ -10,12 +10,13 @@ from torch import nn
 from ..errors import Interrupted, PreemptedError, TorchkeepError
 from ..folder import RunFolder
 from ..keep.checkpoint import Checkpoints, Saved
+from ..keep.generators import seed_generators
 from ..tensors import tensor_sha256
 from ..watch.console import Console, format_number, format_seconds
 from ..watch.records import Recorder, next_attempt
 from ..watch.tensorboard import TensorBoardView
 from .loop import Signals, Training, load_model
-from .prepare import Prepared, seed_generators
+from .prepare import Prepared
 
 
 def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: float) -> None:
@@ -43,7 +44,8 @@ def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: floa
 
 def _train(training: Training, prepared: Prepared) -> tuple[dict[str, float], str]:
     try:
-        training.recorder.log("attempt_start", **training.clock.state_dict(), from_step=training.clock.step)
+        at, changed = training.clock.state_dict(), list(prepared.work.assignments)
+        training.recorder.log("attempt_start", **at, from_step=training.clock.step, set=changed)
         reason = training.run()
         metrics = {**training.metrics, **_test(prepared, training)}
         _record_end(training, "finished", metrics, reason)
@@ -135,10 +137,13 @@ def _summarise(
     rows = [(name, format_number(value)) for name, value in metrics.items()]
     if best.value is not None:
         rows.insert(0, (f"best {training.best_metric}", f"{format_number(best.value)} (epoch {best.epoch})"))
+    if training.trained_s:
+        rows.append(("speed", f"{training.rate:,.0f} samples/s"))
+    else:
+        reason = f"nothing was left to train; {reason}"
     rows += [
         ("ended", f"{reason} after epoch {clock.epoch}, step {clock.step:,}"),
         ("time", f"{format_seconds(time.time() - began)}, of it training {format_seconds(training.trained_s)}"),
-        ("speed", f"{training.rate:,.0f} samples/s"),
         ("parameters", f"sha256 {tensor_sha256(dict(prepared.work.model.state_dict()))[:16]}"),
         ("run", str(path)),
         ("checkpoints", str(folder.checkpoints)),

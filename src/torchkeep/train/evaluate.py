@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import gradients
 from ..contracts import INDEX, Batch
 from ..data.foreign import kept_generators
+from ..data.loader import Loader
 from ..model.freeze import evaluating
 from .binding import Binding
 from .device import Mover, autocast
@@ -41,7 +42,8 @@ class Evaluation:
         self._metrics, self._precision, self.average = metrics, precision, average
         self._user_step, self._stepper = user_step, stepper
 
-    def __call__(self, loader: Iterable[Batch], split: str) -> dict[str, float]:
+    def __call__(self, loader: Loader, split: str) -> dict[str, float]:
+        loader.rewind()
         for metric in self._metrics:
             metric.reset()
         losses: list[Tensor] = []

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..contracts import INDEX, Batch, Clock
 from ..data.loader import Loader
 from ..errors import CheckpointError, Interrupted, NonFiniteLossError, PreemptedError
-from ..keep.checkpoint import Checkpoints, Saved
+from ..keep.checkpoint import Checkpoints
+from ..keep.generators import generator_states, set_generator_states
 from ..keep.stopping import EarlyStopping, is_better
 from ..model.freeze import begin_training
 from ..watch.console import Console
@@ -224,12 +222,12 @@ class Training:
             window.add(result, batches)
             self._last_batches = batches
             now = time.perf_counter()
-            if clock.step >= self._next_log:
-                self._log_point()
             if now >= self._next_tick:
                 self._tick(now)
             if clock.step == last_of_epoch:
-                continue  # what is due is done after the evaluation
+                continue  # what is due is done at the epoch's end, after the evaluation
+            if clock.step >= self._next_log:
+                self._log_point()
             if self.signals.asked is not None:
                 self._leave()
             if self._is_save_due(now):
@@ -287,11 +285,11 @@ class Training:
 
     def _end_epoch(self, finished: bool, elapsed_s: float) -> None:
         """Evaluate, then let schedule, stopper and best know, then save: one state, of one step."""
+        if finished:
+            self.clock.epoch += 1
         self._log_point()
         mean = self._epoch_loss / self._epoch_samples if self._epoch_samples else math.nan
         self._epoch_loss, self._epoch_samples = 0.0, 0
-        if finished:
-            self.clock.epoch += 1
         measured = {"train/loss": mean, **self._read_train_metrics()}
         if self.valid is not None:
             measured |= self.evaluation(self.valid, "valid")
@@ -427,41 +425,3 @@ def load_model(model: torch.nn.Module, tensors: dict[str, Any]) -> None:
             expected="the same parameter names and shapes",
             fix="build the same model, or train in another run folder",
         ) from None
-
-
-def generator_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, every device's included."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())
-    return {
-        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
-        "numpy": {
-            "name": name,
-            "keys": torch.from_numpy(keys.astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached": float(cached),
-        },
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-    }
-
-
-def set_generator_states(state: dict[str, Any]) -> None:
-    """Put every generator where it was."""
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    keys = numpy["keys"].numpy().astype(np.uint32)
-    np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # another number of devices: resume has said so
-            torch.cuda.set_rng_state_all(state["cuda"])
-    if state["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
-
-
-def load_saved(training: Training, saved: Saved) -> None:
-    """Go on from a checkpoint."""
-    training.load_state_dict(training.checkpoints.load(saved))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -59,18 +57,12 @@ class Work:
     collate: Callable[[list[Any]], Any] | None = None
     load: Callable[[str], Any] = field(default=lambda name: None)
     is_recipe: bool = False
+    assignments: Sequence[str] = ()
 
     def fingerprints(self) -> dict[str, str]:
         """What names each split's content."""
         splits = {"train": self.train, "valid": self.valid, "test": self.test}
         return {name: data.fingerprint() for name, data in splits.items() if data is not None}
-
-
-def seed_generators(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators: dropout and initial weights draw from them."""
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
 
 
 class Prepared:
@@ -86,7 +78,9 @@ class Prepared:
         choose_threads(train, decisions)
         self.device = choose_device(train, decisions)
         self.precision = choose_precision(train, self.device, decisions)
-        torch.use_deterministic_algorithms(train.deterministic)
+        self._was_deterministic = torch.are_deterministic_algorithms_enabled()
+        if train.deterministic:
+            torch.use_deterministic_algorithms(True)
         work.model.to(self.device)
         self.loader = self._loader(work.train, shuffle=True, last=work.last)
         self.valid = self._loader(work.valid) if work.valid is not None else None
@@ -374,7 +368,8 @@ class Prepared:
         )
 
     def close(self) -> None:
-        """End the loaders' workers."""
+        """End the loaders' workers, and leave torch's own settings as they were."""
+        torch.use_deterministic_algorithms(self._was_deterministic)
         self.loader.close()
         if self.valid is not None:
             self.valid.close()

@@ -88,7 +88,7 @@ def filled(text: str, schema: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from torchkeep.train.recipe import schema
+    from torchkeep.training.recipe import schema
 
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), schema()), encoding="utf-8", newline="\n")
     print(f"{PAGE.name} holds every key of the recipe")

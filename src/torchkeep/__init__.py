@@ -1,8 +1,8 @@
 """Torchkeep: a training system for PyTorch.
 
-Read it in this order: ``chance``, ``data.images``, ``data.loader``, ``train.device``, ``train.binding`` and
-``train.step`` are a sample's way from the disk to the gradient; ``train.recipe``, ``train.prepare``, ``train.loop``,
-``watch.records`` and ``keep.checkpoint`` are the run around it; ``api`` and ``cli`` are the verbs.
+Read it in this order: ``chance``, ``data.images``, ``data.loader``, ``training.device``, ``training.binding`` and
+``training.step`` are a sample's way from the disk to the gradient; ``training.recipe``, ``training.prepare``,
+``training.loop``, ``watch.records`` and ``keep.checkpoint`` are the run around it; ``api`` and ``cli`` are the verbs.
 
 Names are loaded when they are first used: ``import torchkeep`` itself imports neither torch nor NumPy.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .data.tables import Table
     from .errors import Interrupted, PreemptedError, TorchkeepError
     from .keep.checkpoint import Checkpoints
+    from .keep.generators import generator_states, set_generator_states
     from .keep.stopping import EarlyStopping
 
 __version__ = "0.1.0"
@@ -32,12 +33,13 @@ _PLACES = {
     "Loader": "data.loader", "Table": "data.tables",
     "Interrupted": "errors", "PreemptedError": "errors", "TorchkeepError": "errors",
     "Checkpoints": "keep.checkpoint", "EarlyStopping": "keep.stopping",
+    "generator_states": "keep.generators", "set_generator_states": "keep.generators",
 }  # fmt: skip
 
 __all__ = [
     "Arrays", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "ImageFolder", "ImageTable", "Interrupted",
-    "Loader", "PreemptedError", "Run", "Table", "TorchkeepError", "evaluate", "fit", "inspect", "open_run", "predict",
-    "resume", "runs", "train",
+    "Loader", "PreemptedError", "Run", "Table", "TorchkeepError", "evaluate", "fit", "generator_states", "inspect",
+    "open_run", "predict", "resume", "runs", "set_generator_states", "train",
 ]  # fmt: skip
 
 

@@ -25,11 +25,11 @@ from .model.describe import ModuleRow, describe
 from .settings import check, difference, override
 from .share.predict import Prediction, predict_all
 from .tensors import tensor_sha256
-from .train.attempt import attempt, checkpoints_of, put
-from .train.decisions import Decisions
-from .train.prepare import Prepared, Work, describe_object, source_folder
-from .train.provenance import code_state, command, environment
-from .train.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
+from .training.attempt import attempt, checkpoints_of, put
+from .training.decisions import Decisions
+from .training.prepare import Prepared, Work, describe_object, source_folder
+from .training.provenance import code_state, command, environment
+from .training.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
 from .usercode import CodeReference, check_trusted, load_function, read_reference
 from .watch.console import Console
 from .watch.records import next_attempt, read_records

@@ -166,7 +166,7 @@ def runs(folder: str, as_json: bool) -> None:
 def schema() -> None:
     """Print the JSON schema of a recipe."""
     from .tensors import to_json
-    from .train.recipe import schema as recipe_schema
+    from .training.recipe import schema as recipe_schema
 
     click.echo(to_json(recipe_schema(), indent=True).decode(), nl=False)
 

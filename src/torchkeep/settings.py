@@ -1,6 +1,6 @@
 """Frozen settings: from TOML, a dict and ``--set``, checked before anything opens.
 
-Each room keeps its own section beside the code that it steers; ``train/recipe.py`` puts them together.
+Each room keeps its own section beside the code that it steers; ``training/recipe.py`` puts them together.
 """
 
 from __future__ import annotations

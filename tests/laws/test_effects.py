@@ -100,7 +100,7 @@ def pickle(module: Module) -> Iterator[ast.AST]:
 
 
 def wait_in_the_step(module: Module) -> Iterator[ast.AST]:
-    if module.path != "train/step.py":
+    if module.path != "training/step.py":
         return
     for node, _, last in calls(module):
         to_cpu = last == "to" and any(isinstance(a, ast.Constant) and a.value == "cpu" for a in node.args)
@@ -173,10 +173,10 @@ def test_the_house_keeps(name: str) -> None:
 
 
 PLANTED: list[tuple[Rule, str, str]] = [
-    (backward_elsewhere, "train/step.py", "loss.backward()"),
-    (backward_elsewhere, "train/step.py", "scaler.scale(loss).backward()"),
-    (backward_elsewhere, "train/objective.py", "torch.autograd.grad(loss, weights)"),
-    (backward_elsewhere, "train/objective.py", "torch.autograd.backward([loss])"),
+    (backward_elsewhere, "training/step.py", "loss.backward()"),
+    (backward_elsewhere, "training/step.py", "scaler.scale(loss).backward()"),
+    (backward_elsewhere, "training/objective.py", "torch.autograd.grad(loss, weights)"),
+    (backward_elsewhere, "training/objective.py", "torch.autograd.backward([loss])"),
     (backward_elsewhere, "model/freeze.py", "from torch.autograd import grad"),
     (disk_effect_elsewhere, "keep/checkpoint.py", "os.fsync(file.fileno())"),
     (disk_effect_elsewhere, "keep/checkpoint.py", "os.replace(a, b)"),
@@ -187,8 +187,8 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (disk_effect_elsewhere, "share/package.py", "shutil.move(a, b)"),
     (requires_grad_elsewhere, "model/build.py", "weight.requires_grad = False"),
     (requires_grad_elsewhere, "model/build.py", "module.requires_grad_(False)"),
-    (requires_grad_elsewhere, "train/loop.py", "setattr(weight, 'requires_grad', True)"),
-    (requires_grad_elsewhere, "train/loop.py", "a.requires_grad, b = True, 1"),
+    (requires_grad_elsewhere, "training/loop.py", "setattr(weight, 'requires_grad', True)"),
+    (requires_grad_elsewhere, "training/loop.py", "a.requires_grad, b = True, 1"),
     (pickle, "keep/checkpoint.py", "import pickle"),
     (pickle, "keep/checkpoint.py", "def f():\n    from cloudpickle import dumps"),
     (pickle, "data/loader.py", "import joblib.memory"),
@@ -202,18 +202,18 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (pickle, "data/arrays.py", "np.load(path, allow_pickle=True)"),
     (pickle, "data/arrays.py", "np.load(path, allow_pickle=is_wanted)"),
     (pickle, "data/tables.py", "pandas.read_pickle(path)"),
-    (wait_in_the_step, "train/step.py", "value = loss.item()"),
-    (wait_in_the_step, "train/step.py", "values = loss.detach().cpu()"),
-    (wait_in_the_step, "train/step.py", "values = index.tolist()"),
-    (wait_in_the_step, "train/step.py", "values = loss.to('cpu')"),
-    (wait_in_the_step, "train/step.py", "torch.cuda.synchronize()"),
-    (print_elsewhere, "train/loop.py", "print('epoch')"),
+    (wait_in_the_step, "training/step.py", "value = loss.item()"),
+    (wait_in_the_step, "training/step.py", "values = loss.detach().cpu()"),
+    (wait_in_the_step, "training/step.py", "values = index.tolist()"),
+    (wait_in_the_step, "training/step.py", "values = loss.to('cpu')"),
+    (wait_in_the_step, "training/step.py", "torch.cuda.synchronize()"),
+    (print_elsewhere, "training/loop.py", "print('epoch')"),
     (forbidden_name, "data/utils.py", "x = 1"),
     (forbidden_name, "common/__init__.py", "x = 1"),
-    (forbidden_name, "train/loop.py", "class SignalHandler: ..."),
-    (forbidden_name, "train/loop.py", "class CheckpointManager: ..."),
-    (forbidden_name, "train/loop.py", "def misc_numbers(): ..."),
-    (forbidden_name, "train/loop.py", "def _helper(): ..."),
+    (forbidden_name, "training/loop.py", "class SignalHandler: ..."),
+    (forbidden_name, "training/loop.py", "class CheckpointManager: ..."),
+    (forbidden_name, "training/loop.py", "def misc_numbers(): ..."),
+    (forbidden_name, "training/loop.py", "def _helper(): ..."),
     (torch_at_import, "errors.py", "import torch"),
     (torch_at_import, "settings.py", "from torch import Tensor"),
     (torch_at_import, "files.py", "try:\n    import torch.nn\nexcept ImportError: ..."),
@@ -224,19 +224,19 @@ PLANTED: list[tuple[Rule, str, str]] = [
 
 HARMLESS: list[tuple[Rule, str, str]] = [
     (backward_elsewhere, "gradients.py", "loss.backward()"),
-    (backward_elsewhere, "train/step.py", "gradients.backward(loss)\nbackward(loss)"),
-    (backward_elsewhere, "train/step.py", "with torch.no_grad(): ...\ntorch.set_grad_enabled(True)"),
+    (backward_elsewhere, "training/step.py", "gradients.backward(loss)\nbackward(loss)"),
+    (backward_elsewhere, "training/step.py", "with torch.no_grad(): ...\ntorch.set_grad_enabled(True)"),
     (disk_effect_elsewhere, "files.py", "os.replace(a, b)"),
     (disk_effect_elsewhere, "folder.py", "text.replace('a', 'b')\ndataclasses.replace(clock)\nreplace(clock)"),
     (disk_effect_elsewhere, "folder.py", "stamp.replace(microsecond=0)\nreplace(clock, step=1)"),
     (requires_grad_elsewhere, "model/freeze.py", "weight.requires_grad = False"),
-    (requires_grad_elsewhere, "train/optim.py", "kept = [w for w in weights if w.requires_grad]"),
+    (requires_grad_elsewhere, "training/optim.py", "kept = [w for w in weights if w.requires_grad]"),
     (pickle, "model/weights.py", "torch.load(path, map_location='cpu', weights_only=True)"),
     (pickle, "data/arrays.py", "np.load(path)\nnp.load(path, allow_pickle=False)"),
-    (wait_in_the_step, "train/loop.py", "value = loss.item()"),
-    (wait_in_the_step, "train/step.py", "loss.to(device, non_blocking=True)\nfor key, x in batch.items(): ..."),
+    (wait_in_the_step, "training/loop.py", "value = loss.item()"),
+    (wait_in_the_step, "training/step.py", "loss.to(device, non_blocking=True)\nfor key, x in batch.items(): ..."),
     (print_elsewhere, "cli.py", "print('done')"),
-    (print_elsewhere, "train/loop.py", "console.print('done')"),
+    (print_elsewhere, "training/loop.py", "console.print('done')"),
     (forbidden_name, "data/decode.py", "class Preprocess: ...\ndef commonly(): ...\ndef process(): ..."),
     (torch_at_import, "cli.py", "def train():\n    import torch"),
     (torch_at_import, "folder.py", "if TYPE_CHECKING:\n    from torch import Tensor"),

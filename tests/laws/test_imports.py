@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import shutil
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -26,9 +27,9 @@ READING_ORDER = [
 WINGS = ["data", "model", "keep", "watch"]
 ROOMS_BELOW = {
     **{wing: {"root", wing} for wing in WINGS},
-    "train": {"root", *WINGS, "train"},
-    "share": {"root", *WINGS, "train", "share"},
-    "api": {"root", *WINGS, "train", "share", "api"},
+    "training": {"root", *WINGS, "training"},
+    "share": {"root", *WINGS, "training", "share"},
+    "api": {"root", *WINGS, "training", "share", "api"},
 }
 TOP = {"cli", "__init__", "__main__"}  # may import everything
 
@@ -131,8 +132,8 @@ PLANTED = {
         {"data/planted.py": "import importlib\nimportlib.import_module('..keep.checkpoint', __package__)"},
         "data.planted imports keep",
     ),
-    "wing to train": ({"keep/planted.py": "from ..train import recipe"}, "keep.planted imports train"),
-    "train to share": ({"train/planted.py": "from ..share.package import x"}, "train.planted imports share"),
+    "wing to train": ({"keep/planted.py": "from ..training import recipe"}, "keep.planted imports training"),
+    "train to share": ({"training/planted.py": "from ..share.package import x"}, "training.planted imports share"),
     "share to api": ({"api.py": "", "share/planted.py": "from .. import api"}, "share.planted imports api"),
     "api to cli": ({"cli.py": "", "api.py": "from . import cli"}, "api imports cli"),
     "wing to the top's names": ({"keep/planted.py": "from torchkeep import fit"}, "keep.planted imports __init__"),
@@ -155,7 +156,9 @@ def test_a_planted_breach_is_found(name: str, tmp_path: Path) -> None:
 
 HARMLESS = {
     "down": {"data/planted.py": "from ..errors import DataError\nfrom torchkeep import chance\nimport torchkeep.files"},
-    "train brings the wings together": {"train/planted.py": "from ..errors import nearest\nfrom .. import data, keep"},
+    "train brings the wings together": {
+        "training/planted.py": "from ..errors import nearest\nfrom .. import data, keep"
+    },
     "contracts for types": {
         "contracts.py": "if TYPE_CHECKING:\n    from .usercode import CodeReference",
     },
@@ -167,3 +170,17 @@ HARMLESS = {
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_is_allowed_is_not_found(name: str, tmp_path: Path) -> None:
     assert plant(tmp_path, HARMLESS[name]) == []
+
+
+def test_no_room_hides_a_public_name() -> None:
+    # importing a.b sets the attribute b of a: a room called as a verb would take the verb's place
+    import pkgutil
+    from types import ModuleType
+
+    import torchkeep
+
+    for found in pkgutil.walk_packages(torchkeep.__path__, "torchkeep."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+    hidden = [name for name in torchkeep.__all__ if isinstance(getattr(torchkeep, name), ModuleType)]
+    assert hidden == []

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchkeep.errors import ModelError, SettingsError
-from torchkeep.train.binding import Binding
-from torchkeep.train.metrics import Metric, make_metrics
-from torchkeep.train.objective import Objective, choose_objective
-from torchkeep.train.optim import Schedule, rate_factor
+from torchkeep.training.binding import Binding
+from torchkeep.training.metrics import Metric, make_metrics
+from torchkeep.training.objective import Objective, choose_objective
+from torchkeep.training.optim import Schedule, rate_factor
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS, LABELS = torch.randn(200, 5, generator=GENERATOR), torch.randint(0, 4, (200,), generator=GENERATOR)

@@ -18,7 +18,7 @@ import torch
 
 import torchkeep as tk
 from torchkeep.cli import cli
-from torchkeep.train.recipe import schema
+from torchkeep.training.recipe import schema
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

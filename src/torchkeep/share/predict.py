@@ -21,9 +21,9 @@ from ..data.sources import DataSettings
 from ..data.tables import PARQUET, column_names, encode_inputs, read_frame
 from ..errors import BadSampleError, DataError
 from ..model.freeze import evaluating
-from ..train.device import autocast
-from ..train.objective import prediction_of
-from ..train.prepare import Prepared
+from ..training.device import autocast
+from ..training.objective import prediction_of
+from ..training.prepare import Prepared
 
 _TABLES = (".csv", ".tsv", *PARQUET)
 

@@ -735,7 +735,6 @@ def test_torchmetrics_objects_in_a_list_and_in_a_dict(fit: Fit, tmp_path: Path) 
         fit(net(), data, data, metrics=["accuracy", make()])
 
 
-@pytest.mark.xfail(strict=True, reason="Training._end_epoch records train metrics a second time with valid's")
 def test_train_metrics_are_those_of_the_steps(fit: Fit) -> None:
     run = fit(net(), None, TensorDataset(X, Y), metrics=["accuracy"], settings={"train": {"train_metrics": True}})
     assert len(losses(run, "train/accuracy")) == 2
@@ -874,7 +873,6 @@ def test_a_run_folder_that_exists_is_never_written_again(fit: Fit) -> None:
     assert first.status == second.status == "finished"
 
 
-@pytest.mark.xfail(strict=True, reason="Training._epoch saves at the last step before it is evaluated")
 def test_a_run_cut_off_by_max_steps_is_evaluated_there(fit: Fit) -> None:
     run = fit(net(), None, TensorDataset(X, Y), epochs=9, checkpoint={"every": 2},
               settings={"train": {"max_steps": 6}})  # fmt: skip
@@ -886,20 +884,17 @@ def test_a_run_cut_off_by_max_steps_is_evaluated_there(fit: Fit) -> None:
     assert "valid/loss" in saved.metrics
 
 
-@pytest.mark.xfail(strict=True, reason="importing the package torchkeep.train puts it in the verb's place")
 def test_every_verb_is_one_whichever_is_used_first() -> None:
     code = "import torchkeep as tk; tk.fit; assert all(callable(getattr(tk, name)) for name in tk.__all__)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
 
-@pytest.mark.xfail(strict=True, reason="Prepared does not compare the splits' classes")
 def test_a_class_that_training_never_saw_is_said_before_a_folder_is_made(fit: Fit, tmp_path: Path) -> None:
     with pytest.raises(tk.TorchkeepError):
         fit(net(), None, TensorDataset(X, Y + 2))
     assert nothing_made(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="Prepared._optimizers gives the schedule the first optimiser alone")
 def test_a_schedule_for_two_optimisers_steers_both_or_is_refused(fit: Fit) -> None:
     model = net()
     try:
@@ -909,7 +904,6 @@ def test_a_schedule_for_two_optimisers_steers_both_or_is_refused(fit: Fit) -> No
     assert losses(run, "train/learning_rate/head")[-1] < 0.01
 
 
-@pytest.mark.xfail(strict=True, reason="Training hands a plateau the best metric, whatever way the plateau counts")
 def test_a_plateau_that_wants_less_is_not_given_an_accuracy(fit: Fit) -> None:
     seen: list[float] = []
 

@@ -62,6 +62,14 @@ class Foreign(Dataset[Any]):
                 expected="a Dataset with __len__ and __getitem__",
                 fix="collect the samples in a list, or write a Dataset class",
             )
+        if isinstance(dataset, tuple) and dataset and all(isinstance(part, Tensor | np.ndarray) for part in dataset):
+            raise DataError(
+                "several arrays are not yet a dataset",
+                where="(x, y)",
+                got=f"a tuple of {len(dataset)} arrays",
+                expected="a dataset",
+                fix="tk.Arrays(input=x, label=y)",
+            )
         if len(dataset) == 0:
             raise DataError("the dataset is empty", where=type(dataset).__name__, got="0 samples")
         self.dataset = dataset

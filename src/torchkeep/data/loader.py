@@ -455,6 +455,11 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     if backend == "processes":
         why_not = cannot_travel(dataset, collate)
         return FeedPlan("inline", 0, why_not) if why_not else FeedPlan("processes", number, "as set")
+    if hasattr(dataset, "augmentations") and not getattr(dataset, "threads", False) and backend == "auto":
+        why_not = cannot_travel(dataset, collate)
+        if why_not:
+            return FeedPlan("inline", 0, why_not)
+        return FeedPlan("processes", number, "an augmentation of the user's may hold the GIL")
     if getattr(dataset, "threads", False) or backend == "threads" or workers != "auto":
         return FeedPlan("threads", number, "reading releases the GIL" if workers == "auto" else "as set")
     return FeedPlan("inline", 0, "the data lie in memory and are gathered by batch")

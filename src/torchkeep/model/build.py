@@ -102,7 +102,7 @@ def build_model(
     if builder is None:
         raise ModelError(
             "there is no such model",
-            where="recipe: model.name",
+            where="model.name",
             got=repr(settings.name),
             expected=f"one of {', '.join(BUILT_IN)}, or file.py:function",
             fix=nearest(settings.name, list(BUILT_IN)),
@@ -117,7 +117,7 @@ def _sizes(name: str, schema: Schema, cardinalities: Sequence[int]) -> dict[str,
         if image is None or schema.preprocess is None:
             raise ModelError(
                 "a convnet needs images",
-                where="recipe: model.name",
+                where="model.name",
                 got=f"data with {', '.join(inputs) or 'no inputs'}",
                 expected="images",
                 fix='model.name = "mlp" takes numbers',
@@ -127,7 +127,7 @@ def _sizes(name: str, schema: Schema, cardinalities: Sequence[int]) -> dict[str,
     if any(shape is None for shape in shapes):
         raise ModelError(
             "an mlp needs inputs of one known size",
-            where="recipe: model.name",
+            where="model.name",
             got="images of unknown size",
             expected="a size",
             fix="set data.image_size",
@@ -160,7 +160,7 @@ def _call(function: Callable[..., Any], settings: ModelSettings, sizes: dict[str
     if wrong:
         raise ModelError(
             "this model has no such argument",
-            where=f"recipe: model.args.{wrong[0]}",
+            where=f"model.args.{wrong[0]}",
             got=repr(wrong[0]),
             expected=f"one of {', '.join(known)}",
             fix=nearest(wrong[0], list(known)),
@@ -173,14 +173,14 @@ def _call(function: Callable[..., Any], settings: ModelSettings, sizes: dict[str
     except Exception as error:
         raise ModelError(
             "this model cannot be built",
-            where=f"recipe: model.name = {settings.name!r}",
+            where=f"model.name = {settings.name!r}",
             got=f"{type(error).__name__}: {error}",
             expected=f"a function that takes {', '.join(given) or 'nothing'}",
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(
             "this function gives no model",
-            where=f"recipe: model.name = {settings.name!r}",
+            where=f"model.name = {settings.name!r}",
             got=type(model).__name__,
             expected="a torch.nn.Module",
         )

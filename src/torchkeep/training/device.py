@@ -40,7 +40,7 @@ def _existing(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(
             "this device is not there",
-            where="recipe: train.device",
+            where="train.device",
             got=f"{name!r} ({str(error).splitlines()[0]})",
             expected="auto, cpu" + (", cuda" if torch.cuda.is_available() else ""),
         ) from None

@@ -65,7 +65,7 @@ class Window:
                 bad = step - len(values) + number + 1
                 raise _non_finite(value, bad, self._batches[number])
         self.values += values
-        for name in self._extras[0] if self._extras else ():
+        for name in dict.fromkeys(name for row in self._extras for name in row):
             read = torch.stack([row[name].double() for row in self._extras if name in row]).cpu().tolist()
             self.extras.setdefault(name, []).extend(read)
         self._losses, self._extras, self._batches = [], [], []
@@ -226,14 +226,14 @@ class Training:
                 self._tick(now)
             if clock.step == last_of_epoch:
                 continue  # what is due is done at the epoch's end, after the evaluation
+            if clock.step >= limit:
+                break  # the same
             if clock.step >= self._next_log:
                 self._log_point()
             if self.signals.asked is not None:
                 self._leave()
             if self._is_save_due(now):
                 self.save()
-            if clock.step >= limit:
-                break
         self._trained_s += time.perf_counter() - begun
         self._trained_samples += clock.samples - samples
         return clock.step == last_of_epoch
@@ -293,9 +293,9 @@ class Training:
         measured = {"train/loss": mean, **self._read_train_metrics()}
         if self.valid is not None:
             measured |= self.evaluation(self.valid, "valid")
-            self._record("scalars", values={k: v for k, v in measured.items() if k != "train/loss"})
+            self._record("scalars", values={k: v for k, v in measured.items() if k.startswith("valid/")})
         self.metrics = dict(measured)
-        self.stepper.optimizers.after_epoch(measured.get(self.best_metric or "train/loss"))
+        self.stepper.optimizers.after_epoch(measured, self.best_metric)
         if self.stopper is not None:
             self.stopper.update(measured)
         is_best = self._note_best(measured)

@@ -55,7 +55,7 @@ class Objective:
                 "this model's output has no .loss",
                 where="loss",
                 got=shape_text(output) or type(output).__name__,
-                expected="an output with .loss, or a loss",
+                expected="an output with .loss, or a target in the batch and a loss",
                 fix='loss="cross_entropy", or any function (output, target) → loss',
             )
         return loss
@@ -188,8 +188,12 @@ _NAMED: dict[str, Any] = {
 }
 
 
-def check_fit(objective: Objective, output: Any, target: Any, num_classes: int, where: str) -> None:
+def check_fit(
+    objective: Objective, output: Any, target: Any, num_classes: int, where: str, is_exact: bool = True
+) -> None:
     """Whether a first output can meet its targets, before anything is written.
+
+    ``num_classes`` is how many classes the data have; where not ``is_exact``, they have at least so many.
 
     Raises:  ModelError with both shapes
     """
@@ -209,7 +213,7 @@ def check_fit(objective: Objective, output: Any, target: Any, num_classes: int, 
             fix="loss= takes any function (output, target) → loss; targets= names the target's key",
         )
     if objective.name == "cross_entropy":
-        _check_classes(prediction, target, num_classes, where)
+        _check_classes(prediction, target, num_classes, where, is_exact)
     else:
         aligned(prediction, target)
 
@@ -230,7 +234,7 @@ def _check_own(objective: Objective, output: Any, target: Any, where: str) -> No
         ) from error
 
 
-def _check_classes(prediction: Tensor, target: Tensor, num_classes: int, where: str) -> None:
+def _check_classes(prediction: Tensor, target: Tensor, num_classes: int, where: str, is_exact: bool) -> None:
     classes_axis = -1 if classes_are_last(prediction, target) else 1
     if target.is_floating_point():
         fits = prediction.shape == target.shape
@@ -239,7 +243,7 @@ def _check_classes(prediction: Tensor, target: Tensor, num_classes: int, where: 
         width = prediction.shape[classes_axis] if prediction.ndim > 1 else 0
         needed = max(num_classes, int(target.max()) + 1 if target.numel() else 0)
         fits = prediction.ndim == target.ndim + 1 and width >= needed and width > 0
-        if num_classes and width != num_classes:
+        if is_exact and num_classes and width != num_classes:
             fits = False
         got = f"output {tuple(prediction.shape)} for target {tuple(target.shape)}"
         expected = f"{num_classes or needed} classes: (B, {num_classes or needed})"

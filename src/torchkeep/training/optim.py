@@ -12,6 +12,7 @@ from pydantic import Field as Setting
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, SettingsError, TorchkeepError
+from ..keep.stopping import better_mode
 from ..model.freeze import learning
 from ..settings import Settings
 from ..usercode import is_reference
@@ -108,7 +109,7 @@ def make_optimizer(
     if settings.name not in own:
         raise SettingsError(
             "there is no such optimiser",
-            where="recipe: optimizer.name",
+            where="optimizer.name",
             got=repr(settings.name),
             expected='"adamw", "sgd" or file.py:function',
             fix="tk.fit(optimizer=…) takes any torch.optim.Optimizer",
@@ -128,7 +129,7 @@ def _made(name: str, make: Callable[[], Any]) -> Any:
             raise
         raise SettingsError(
             "this optimiser cannot be made",
-            where=f"recipe: optimizer.name = {name!r}",
+            where=f"optimizer.name = {name!r}",
             got=f"{type(error).__name__}: {error}",
             expected="settings that it takes",
         ) from error
@@ -195,6 +196,7 @@ class Optimizers:
             groups = [group for optimizer in by_name.values() for group in optimizer.param_groups]
             self._scheduled = [(group, float(group.setdefault("initial_lr", group["lr"]))) for group in groups]
         self.parameters = _distinct(by_name)
+        self._configured = {name: _options(optimizer) for name, optimizer in by_name.items()}
 
     @property
     def main(self) -> torch.optim.Optimizer:
@@ -214,14 +216,29 @@ class Optimizers:
             self._used = self._current()
             self._scheduler.step()
 
-    def after_epoch(self, metric: float | None) -> None:
-        """Advance a scheduler object that counts epochs, or one that watches a metric."""
+    def after_epoch(self, measured: dict[str, float], best_metric: str | None) -> None:
+        """Advance a scheduler object that counts epochs, or one that watches a metric.
+
+        One that watches gets the metric that picks the best where that counts the same way, else a loss.
+        """
         if self._scheduler is None or self._every != "epoch":
             return
         if not self._wants_metric:
             self._scheduler.step()
-        elif metric is not None:
-            self._scheduler.step(metric)
+            return
+        mode = getattr(self._scheduler, "mode", "min")
+        tags = [tag for tag in (best_metric, "valid/loss", *measured) if tag in measured and better_mode(tag) == mode]
+        if tags:
+            self._scheduler.step(measured[tags[0]])
+
+    def _keep_changed(self, name: str, before: list[dict[str, Any]]) -> None:
+        for group, old, new in zip(self.by_name[name].param_groups, before, self._configured[name], strict=True):
+            changed = {key: value for key, value in new.items() if key in old and old[key] != value}
+            if self._scheduler is not None:
+                changed.pop("lr", None)  # where the rate stands is the scheduler's state
+            group.update(changed)
+            if "lr" in changed and "initial_lr" in group:
+                group["initial_lr"] = changed["lr"]
 
     def rates(self) -> dict[str, float]:
         """The learning rate that the last update of each optimiser's first group was taken with, by tag."""
@@ -235,12 +252,13 @@ class Optimizers:
     def state_dict(self) -> dict[str, Any]:
         return {
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.by_name.items()},
+            "configured": self._configured,
             "scheduler": _plain_state(self._scheduler) if self._scheduler is not None else None,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was saved.
+        """Take over what was saved; an option that was set otherwise since then stands as it is set now.
 
         Raises:  CheckpointError where the optimisers or their parameter groups are not the saved ones
         """
@@ -258,6 +276,8 @@ class Optimizers:
                 raise CheckpointError(
                     "an optimiser does not fit the checkpoint", where=f"optimizer {name!r}", got=error
                 ) from error
+        for name, before in state["configured"].items():
+            self._keep_changed(name, before)
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
         if self.scaler is not None and state["scaler"]:
@@ -268,6 +288,15 @@ class Optimizers:
             for group in optimizer.param_groups
             if self._factor is not None
         ]
+
+
+def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group as they were set, not as a schedule has moved them."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "initial_lr") and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
 
 
 def _distinct(by_name: dict[str, torch.optim.Optimizer]) -> list[nn.Parameter]:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ..contracts import Batch, Clock, Json, KeyedDataset, Schema
-from ..data.foreign import Foreign, kept_generators
-from ..data.loader import Loader
+from ..data.arrays import Arrays
+from ..data.foreign import kept_generators
+from ..data.loader import Loader, foreign_of
+from ..data.splits import Part
 from ..errors import ModelError, SettingsError
 from ..keep.checkpoint import Checkpoints
 from ..keep.stopping import EarlyStopping, Mode, better_mode
@@ -182,11 +184,13 @@ class Prepared:
         plan = self.loader.plan
         value = plan.backend if not plan.workers else f"{plan.workers} {plan.backend}"
         self.decisions.note("feeding", value, plan.reason, "data.workers")
-        data = self.work.train
-        if isinstance(data, Foreign) and not data.probe.repeatable:
-            self.decisions.note(
-                "resume", "best-effort", "the dataset draws from a generator of its own, which nobody can rewind", ""
-            )
+        foreign, valid = foreign_of(self.work.train), self.work.valid
+        if foreign is not None and not foreign.probe.repeatable:
+            reason = "the dataset draws from a generator of its own, which nobody can rewind"
+            self.decisions.note("resume", "best-effort", reason)
+        if foreign is not None and foreign.draws and isinstance(valid, Part) and foreign_of(valid) is foreign:
+            reason = "what the training dataset draws cannot be left out of its validation part"
+            self.decisions.note("validation", "augmented too", reason, "data.valid")
 
     def _note_images(self, schema: Schema) -> None:
         seen = schema.preprocess
@@ -227,8 +231,20 @@ class Prepared:
             schema = self.work.train.schema
             classes = max([schema[name].num_classes for name in schema.targets] or [0])
             self._check_weights(classes)
-            check_fit(self.objective, output, target, classes, f"{type(model).__name__}, loss {self.objective.name}")
+            where = f"{type(model).__name__}, loss {self.objective.name}"
+            check_fit(self.objective, output, target, self._label_classes(), where, is_exact=self._knows_classes())
             self._try_metrics(prediction_of(output), target)
+
+    def _knows_classes(self) -> bool:
+        # arrays only imply their classes: a head of ten may be trained on a part that has eight
+        data = self.work.train
+        return not isinstance(getattr(data, "dataset", data), Arrays)
+
+    def _label_classes(self) -> int:
+        """The classes that the outputs must tell apart, over all splits."""
+        splits = [data for data in (self.work.train, self.work.valid, self.work.test) if data is not None]
+        fields = [data.schema[name] for data in splits for name in data.schema.targets]
+        return max([field.num_classes for field in fields if field.kind == "label"] or [0])
 
     def _try_metrics(self, output: Any, target: Any) -> None:
         for metric in self.metrics:
@@ -275,6 +291,7 @@ class Prepared:
         elif hasattr(work.schedule, "state_dict") and hasattr(work.schedule, "step"):
             scheduler = work.schedule
         elif _makes_scheduler(work.schedule):
+            _check_one(by_name)
             scheduler = work.schedule(next(iter(by_name.values())))
         else:
             factor = work.schedule
@@ -373,6 +390,16 @@ class Prepared:
         self.loader.close()
         if self.valid is not None:
             self.valid.close()
+
+
+def _check_one(by_name: dict[str, torch.optim.Optimizer]) -> None:
+    if len(by_name) > 1:
+        raise SettingsError(
+            "a scheduler steers one optimiser",
+            where="schedule",
+            got=f"optimisers {', '.join(by_name)}",
+            expected="a function (step, total_steps) → factor, which steers all",
+        )
 
 
 def _makes_scheduler(schedule: Any) -> bool:

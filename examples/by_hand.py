@@ -61,7 +61,7 @@ def main() -> None:
         return {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "rng": {"torch": torch.get_rng_state()},
+            "rng": tk.generator_states(),
             "loader": loader.state_dict(),
             "stopper": stopper.state_dict(),
         }
@@ -73,7 +73,7 @@ def main() -> None:
         optimizer.load_state_dict(found["optimizer"])
         loader.load_state_dict(found["loader"])
         stopper.load_state_dict(found["stopper"])
-        torch.set_rng_state(found["rng"]["torch"])
+        tk.set_generator_states(found["rng"])
         step = saved.step
         print(f"going on from step {step}, epoch {loader.epoch}")
 

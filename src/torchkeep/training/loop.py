@@ -275,7 +275,7 @@ class Training:
             self._rate = (self.clock.samples - self._rate_samples) / passed if self._rate_samples else 0.0
             self._rate_since, self._rate_samples = now, self.clock.samples
             if self._rate:
-                self._record("timing", values={"samples_per_s": round(self._rate, 1)})
+                self._record("timing", values={"train/samples_per_s": round(self._rate, 1)})
         self.console.progress(self.clock.step, self.clock.epoch, self._rate, self.metrics)
 
     def _is_save_due(self, now: float) -> bool:

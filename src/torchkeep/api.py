@@ -32,7 +32,7 @@ from .training.provenance import code_state, command, environment
 from .training.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
 from .usercode import CodeReference, check_trusted, load_function, read_reference
 from .watch.console import Console
-from .watch.records import next_attempt, read_records
+from .watch.records import last_attempt_start, next_attempt, read_records
 
 Resume = Literal["no", "auto"]
 RUNS = Path("runs")
@@ -263,7 +263,6 @@ def resume(run_dir: str | Path, *, set: Sequence[str] = (), trust_code: str | No
             facts = folder.read_run()
             recipe, base = _recorded_recipe(folder, facts, list(set))
             work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
-            work.assignments = set
             facts = {**facts, "recipe": recipe.model_dump(mode="json")}
             return _execute(work, facts, recipe, base, None, folder, lock, console)
 
@@ -357,12 +356,18 @@ def _place(name: str, run_dir: str | Path | None) -> Path:
 def _find_run(name: str, run_dir: str | Path | None) -> RunFolder | None:
     """The newest run of this name, or None where there is none to go on with."""
     place = _place(name, run_dir)
-    same = [run for run in list_runs(place.parent) if run.name == place.name or _is_numbered(run.name, place.name)]
+    same = [run for run in list_runs(place.parent) if run.name == place.name or _was_numbered(run, place.name)]
     return same[-1] if same else None
 
 
-def _is_numbered(name: str, base: str) -> bool:
-    return name.startswith(f"{base}-") and name[len(base) + 1 :].isdigit()
+def _was_numbered(run: RunFolder, name: str) -> bool:
+    """Whether a run wanted this name, which was taken; "digits-2" may also be a name of its own."""
+    if not run.name.startswith(f"{name}-"):
+        return False
+    try:
+        return bool(run.read_run().get("wanted_name") == name)
+    except RunFolderError:
+        return False
 
 
 @contextlib.contextmanager
@@ -389,9 +394,8 @@ def _trusting(facts: Json, trust_code: str | None) -> Callable[[CodeReference], 
 def _recorded_recipe(folder: RunFolder, facts: Json, assignments: list[str]) -> tuple[Recipe, Path]:
     data = facts.get("recipe")
     if data is not None:
-        starts = [row for row in read_records(folder.records) if row["kind"] == "attempt_start"]
-        earlier = [assignment for row in starts for assignment in row.get("set", [])]
-        data = override(data, [*earlier, *assignments])
+        start = last_attempt_start(folder.records)
+        data = override((start or {}).get("settings") or data, assignments)
     if data is None:
         objects = facts.get("objects", {})
         raise SettingsError(
@@ -444,9 +448,11 @@ def _execute(
     recorded = found.read_run() if found else None
     decisions = Decisions(recorded["decisions"] if recorded else None)
     prepared = Prepared(work, decisions)
+    work.resolved = facts.get("recipe") or facts.get("settings")
+    is_exact = True
     if found is not None and recorded is not None:
         folder = found
-        _check_same(work, facts, recorded, console)
+        is_exact = _check_same(prepared, folder, facts, recorded, console)
     else:
         assert place is not None
         folder = create_run_folder(place.name, place.parent)
@@ -456,6 +462,8 @@ def _execute(
         folder.write_run(
             {
                 **facts,
+                "wanted_name": place.name,
+                "device": str(prepared.device),
                 "seed": work.settings.seed,
                 "decisions": decisions.to_json(),
                 "data": {"fingerprints": work.fingerprints(), "schema": work.train.schema.to_json()},
@@ -465,7 +473,7 @@ def _execute(
             }
         )
     try:
-        attempt(prepared, folder, console, began)
+        attempt(prepared, folder, console, began, is_exact)
     finally:
         prepared.close()
         if lock is not None:
@@ -473,12 +481,26 @@ def _execute(
     return Run(folder, prepared, recipe, base)
 
 
-def _check_same(work: Work, facts: Json, recorded: Json, console: Console) -> None:
-    """Say what changed since the run began; another dataset is an error."""
+_CHANGES_NO_BIT = ("data.workers", "checkpoint.", "monitor.", "name")
+
+
+def _check_same(prepared: Prepared, folder: RunFolder, facts: Json, recorded: Json, console: Console) -> bool:
+    """Say what changed since the last attempt, and whether the resume is still exact; other data are an error."""
+    work = prepared.work
     _check_data(work, recorded)
-    for name in ("recipe", "settings", "objects"):
-        for key, old, new in difference(recorded.get(name), facts.get(name)) if facts.get(name) else []:
-            console.warn(f"{key} was {old!r} and is {new!r} now: the resume is best-effort")
+    start = last_attempt_start(folder.records) or {}
+    settings = start.get("settings") or recorded.get("recipe") or recorded.get("settings")
+    changes = difference(settings, work.resolved)
+    if facts.get("objects"):
+        changes += difference(recorded["objects"], facts["objects"])
+    changes += difference(recorded["environment"]["packages"], environment()["packages"])
+    changes += difference({"device": recorded.get("device")}, {"device": str(prepared.device)})
+    is_exact = True
+    for key, old, new in changes:
+        counts = not key.startswith(_CHANGES_NO_BIT)
+        is_exact = is_exact and not counts
+        console.warn(f"{key} was {old!r} and is {new!r} now" + (": the resume is best-effort" if counts else ""))
+    return is_exact
 
 
 def _check_data(work: Work, recorded: Json) -> None:

@@ -77,7 +77,22 @@ def sync_folder(folder: Path) -> None:
 def sync_file(file: IO[Any]) -> None:
     """Hand a file's bytes to the disk and wait until it has them."""
     file.flush()
+    if sys.platform == "darwin":
+        import fcntl
+
+        # there fsync leaves the bytes in the drive's own cache; some file systems have only that
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+            return
     os.fsync(file.fileno())
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, durably, where it is not there yet."""
+    if not folder.is_dir():
+        with reported(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
 
 
 def write_durable(path: Path, data: bytes) -> Receipt:
@@ -105,11 +120,13 @@ class DurableFolder:
 
     >>> with DurableFolder(Path("step-00000010")) as folder:
     ...     folder.write("model.safetensors", data)
-    The manifest, with each file's size and checksum, is written last.
+    The manifest, with each file's size and checksum, is written last. With ``replace`` one that is there goes, at the
+    very end: a kill between the two renames leaves neither, and never a mixture.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, replace: bool = False):
         self.path = path
+        self.replace = replace
         self.hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self.receipts: dict[str, Receipt] = {}
 
@@ -144,6 +161,8 @@ class DurableFolder:
             self.write("manifest.json", orjson.dumps({"format": 1, "files": files}, option=orjson.OPT_INDENT_2))
             with reported(self.path):
                 sync_folder(self.hidden)
+                if self.replace and self.path.exists():
+                    remove_folder(self.path)
                 os.rename(self.hidden, self.path)
                 sync_folder(self.path.parent)
         except BaseException:

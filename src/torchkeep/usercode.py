@@ -7,9 +7,9 @@ what a run's folder names runs again only if it is on that list unchanged, or if
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,13 +65,12 @@ def load_function(reference: CodeReference) -> Callable[..., Any]:
     identity = hashlib.sha256(f"{reference.path}|{reference.sha256}".encode("utf-8", "surrogateescape")).hexdigest()
     module_name = f"torchkeep_user_{reference.path.stem}_{identity[:12]}"
     if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, reference.path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+        module = types.ModuleType(module_name)
+        module.__file__ = str(reference.path)
         sys.modules[module_name] = module
         try:
-            spec.loader.exec_module(module)
+            # the bytes that were hashed, not what Python may have cached of them
+            exec(compile(_bytes_of(reference), reference.path, "exec"), module.__dict__)  # noqa: S102
         except (Exception, SystemExit) as error:  # a script without a main guard may call sys.exit
             del sys.modules[module_name]
             line = line_in(error, reference.path)
@@ -93,6 +92,13 @@ def load_function(reference: CodeReference) -> Callable[..., Any]:
         )
     remember(reference)
     return function  # type: ignore[no-any-return]
+
+
+def _bytes_of(reference: CodeReference) -> bytes:
+    data = reference.path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != reference.sha256:
+        raise UntrustedCodeError("this file changed while it was read", where=reference.path, fix="try again")
+    return data
 
 
 def remember(reference: CodeReference) -> None:

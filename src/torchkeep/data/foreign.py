@@ -75,8 +75,7 @@ class Foreign(Dataset[Any]):
         self.dataset = dataset
         self.names = tuple(names) if names is not None else None
         with kept_generators():
-            self._first = self.named(self._raw(0))
-        self.schema = _schema_of(self._first)
+            self.schema = _schema_of(self.named(self._raw(0)))
         self._probe: Probe | None = None
         self._draws = False
 
@@ -188,10 +187,16 @@ def as_dataset(data: Any, names: Sequence[str] | None = None) -> KeyedDataset:
     """Anything that holds samples, with this house's contract. Tensors in memory are gathered by batch."""
     if hasattr(data, "read_batch") and hasattr(data, "schema"):
         return cast(KeyedDataset, data)
-    if isinstance(data, TensorDataset) and len(data.tensors) in (1, 2):
+    if type(data) is TensorDataset and len(data.tensors) in (1, 2) and all(map(_is_kept_as_is, data.tensors)):
         named = tuple(names or ("input", "target")[: len(data.tensors)])
         return cast(KeyedDataset, Arrays(**dict(zip(named, data.tensors, strict=True))))
     return cast(KeyedDataset, Foreign(data, names))
+
+
+def _is_kept_as_is(column: Tensor) -> bool:
+    # Arrays makes float64 float32, and takes no class below 0, such as the -100 that a loss leaves out
+    is_target = column.ndim == 1 and not column.is_floating_point() and column.dtype != torch.bool
+    return column.dtype != torch.float64 and not (is_target and column.numel() and int(column.min()) < 0)
 
 
 def stack(samples: list[Any]) -> Batch:

@@ -11,6 +11,7 @@ import io
 import multiprocessing
 import os
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,7 +195,16 @@ class Loader:
         return executor.submit(read, self.dataset, indices, key, None)
 
     def _finished(self, key: ChanceKey, future: Future[Any], indices: Indices, valid: Tensor | None) -> Batch:
-        result = _result_of(future)
+        try:
+            result = future.result()
+        except BrokenProcessPool as error:
+            self._executor = None  # a later iteration starts new ones
+            raise DataError(
+                "a loader process died",
+                where="Loader(backend='processes')",
+                got=error,
+                fix="workers = 0 shows the sample's own error",
+            ) from error
         if self.plan.backend == "processes":
             result = {name: _as_tensor(value) for name, value in result.items()}
         elif self.collate is not None:  # not in the thread: it may draw from generators that the trainer uses meanwhile
@@ -361,18 +371,6 @@ def _with_valid(batch: Batch, valid: Tensor | None) -> Batch:
     return batch
 
 
-def _result_of(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a loader process died",
-            where="Loader(backend='processes')",
-            got=error,
-            fix="workers = 0 shows the sample's own error",
-        ) from error
-
-
 _worker: tuple[KeyedDataset, Collate | None]
 
 
@@ -381,8 +379,18 @@ def _begin_worker(packed: bytes) -> None:
 
     global _worker
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+    for number in (signal.SIGINT, signal.SIGTERM):  # both are the trainer's to answer, which ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
     _worker = ForkingPickler.loads(packed)
+
+
+def _end_with_trainer() -> None:
+    # a trainer that is killed can end nobody: its workers would hold the data and its terminal for ever
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 def _read_in_worker(indices: Indices, key: ChanceKey) -> Batch:
@@ -447,7 +455,7 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     """Choose who reads the samples. The choice changes no bit of any batch."""
     if workers == 0 or backend == "inline":
         return FeedPlan("inline", 0, "as set")
-    number = min(_MAX_WORKERS, os.cpu_count() or 1) if workers == "auto" else int(workers)
+    number = min(_MAX_WORKERS, _usable_cores()) if workers == "auto" else int(workers)
     foreign = foreign_of(dataset)
     if foreign is not None:
         is_auto = workers == "auto" and backend == "auto"
@@ -463,6 +471,10 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     if getattr(dataset, "threads", False) or backend == "threads" or workers != "auto":
         return FeedPlan("threads", number, "reading releases the GIL" if workers == "auto" else "as set")
     return FeedPlan("inline", 0, "the data lie in memory and are gathered by batch")
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plan_foreign(
@@ -486,6 +498,8 @@ def cannot_travel(dataset: Any, collate: Any) -> str:
         sent = _packed((dataset, collate))
     except Exception as error:
         return f"cannot travel to a process: {type(error).__name__}: {error}"
+    if b"torchkeep_user_" in sent:
+        return "its code is a file that the recipe names, which a process cannot import"
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
     if file is None:

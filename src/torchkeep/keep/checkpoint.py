@@ -7,6 +7,7 @@ and ``best.json`` are hints for people and programs; a scan of the folders rebui
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from pydantic import Field as Setting
 from pydantic import field_validator
 
 from ..contracts import TensorTree
-from ..errors import CheckpointError
-from ..files import DurableFolder, receipt_of, remove_folder, set_aside, sweep, write_durable
+from ..errors import CheckpointError, StorageError
+from ..files import DurableFolder, make_folder, receipt_of, remove_folder, set_aside, sweep, write_durable
 from ..settings import Settings
 from ..tensors import pack, read_json, read_safetensors, to_json, to_safetensors, unpack
-from .stopping import Mode, better_mode, is_better
+from .stopping import Mode, better_mode
 
 FORMAT = 1
 _STATE = "state.json"
@@ -91,13 +92,14 @@ class Checkpoints:
         self.keep_last, self.keep_best, self.metric = keep_last, keep_best, metric
         self.mode: Mode = mode or better_mode(metric or "loss")
         self._warn = warn or (lambda text: None)
-        self._held: tuple[int, dict[str, bytes], dict[str, float]] | None = None
+        self._held: list[tuple[int, dict[str, bytes], dict[str, float]]] = []
         self._whole: dict[Path, dict[str, float]] = {}
 
     def save(self, step: int, state: dict[str, Any], metrics: dict[str, float] | None = None) -> Path:
         """Write a checkpoint; it is durable when this returns. What was held is written before it.
 
-        Raises:  StorageError where the disk refuses: every older checkpoint then stands as it was
+        One of the same step is replaced. Raises:  StorageError where the disk refuses, every older checkpoint then
+        stands as it was; CheckpointError where the folder holds a later step: it belongs to another course
         """
         self.release()
         return self._write(step, encode(step, state, metrics or {}), metrics or {})
@@ -105,28 +107,44 @@ class Checkpoints:
     def hold(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
         """Keep a best in memory until the next save, where saves are rarer than improvements.
 
-        A kill before that loses nothing: the run goes on from an older checkpoint and meets the same best again.
+        A kill before that loses nothing: the run goes on from an older checkpoint and meets the same best again. The
+        ``keep_best`` best of those held stay.
         """
-        self._held = step, encode(step, state, metrics), metrics
+        if len(self._held) >= self.keep_best:
+            worst = max(self._held, key=lambda held: self._cost(held[2]))
+            if self._cost(metrics) >= self._cost(worst[2]):
+                return
+            self._held.remove(worst)
+        self._held.append((step, encode(step, state, metrics), metrics))
+
+    def _cost(self, metrics: dict[str, float]) -> float:
+        value = metrics.get(self.metric or "", math.nan)
+        return math.inf if math.isnan(value) else value if self.mode == "min" else -value
 
     @property
     def has_held(self) -> bool:
-        return self._held is not None
+        return bool(self._held)
 
     def release(self) -> None:
         """Write what is held."""
-        if self._held is not None:
-            held, self._held = self._held, None
-            self._write(*held)
+        while self._held:
+            self._write(*self._held.pop(0))
 
     def _write(self, step: int, files: dict[str, bytes], metrics: dict[str, float]) -> Path:
         path = self.folder / f"step-{step:08d}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            if self._metrics_if_whole(path) is not None:
-                return path
-            self._set_aside(path, "it is damaged")
-        with DurableFolder(path) as folder:
+        make_folder(self.folder)
+        later = [found for found in self.steps() if _step_of(found) > step]
+        if later and not find_damage(later[-1]):
+            raise CheckpointError(
+                "this folder holds a later checkpoint",
+                where=self.folder,
+                got=f"{later[-1].name}, while step {step} is saved",
+                expected="steps that grow",
+                fix="go on from latest(), or save in another folder",
+            )
+        if later:
+            self.repair()  # what this course went back over was damaged
+        with DurableFolder(path, replace=True) as folder:
             for name, data in files.items():
                 folder.write(name, data)
         self._whole[path] = dict(metrics)
@@ -138,27 +156,37 @@ class Checkpoints:
         """The folders that look like checkpoints, oldest first, unchecked."""
         if not self.folder.is_dir():
             return []
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
 
     def latest(self) -> Saved | None:
-        """The newest whole checkpoint. A damaged one is named, set aside, and the one before it is taken."""
-        sweep(self.folder)
-        for path in reversed(self.steps()):
-            damage = find_damage(path)
-            if not damage:
-                return self._saved(path)
-            self._set_aside(path, damage)
-        return None
+        """The newest whole checkpoint. A damaged one is named, and the one before it is taken. Nothing is changed."""
+        return self._first_whole(list(reversed(self.steps())))
 
     def best(self) -> Saved | None:
         """The whole checkpoint with the best metric; the newest where none has the metric."""
-        for path in self._by_merit():
+        return self._first_whole(self._by_merit()) or self.latest()
+
+    def repair(self) -> None:
+        """Clear what attempts left half done, and set damaged checkpoints aside; nothing is deleted that was whole.
+
+        Only for the one process that trains in this folder, before it begins.
+        """
+        sweep(self.folder)
+        for path in self.steps():
+            damage = find_damage(path)
+            if damage:
+                moved = set_aside(path)
+                self._whole.pop(path, None)
+                self._warn(f"checkpoint {path.name} is damaged ({damage}); it was set aside as {moved.name}")
+
+    def _first_whole(self, paths: list[Path]) -> Saved | None:
+        for path in paths:
             damage = find_damage(path)
             if not damage:
                 return self._saved(path)
-            self._set_aside(path, damage)
-        return self.latest()
+            if path.exists():  # else it was retired meanwhile by the process that trains
+                self._warn(f"checkpoint {path.name} is damaged ({damage}); the one before it is taken")
+        return None
 
     def hint(self, name: Literal["last", "best"]) -> dict[str, Any]:
         """What last.json or best.json says, without a look at the checkpoint itself; empty where there is none."""
@@ -167,17 +195,6 @@ class Checkpoints:
         except CheckpointError:
             return {}
         return hint if isinstance(hint, dict) else {}
-
-    def at(self, step: int) -> Saved:
-        """The checkpoint of one step.
-
-        Raises:  CheckpointError if it is not there or damaged
-        """
-        path = self.folder / f"step-{step:08d}"
-        damage = find_damage(path) if path.is_dir() else "it is not there"
-        if damage:
-            raise CheckpointError("this checkpoint cannot be used", where=path, got=damage)
-        return self._saved(path)
 
     def load(self, saved: Saved | Path | None) -> dict[str, Any]:
         """The state that was saved, tensors on the CPU.
@@ -219,9 +236,7 @@ class Checkpoints:
         return unpack(data["state"][part], read_safetensors(saved.path / f"{file}.safetensors") if file else {})
 
     def _saved(self, path: Path) -> Saved:
-        match = _NAME.fullmatch(path.name)
-        assert match is not None
-        return Saved(path, int(match[1]), self._metrics(path))
+        return Saved(path, _step_of(path), self._metrics(path))
 
     def _metrics(self, path: Path) -> dict[str, float]:
         if path not in self._whole:
@@ -229,27 +244,24 @@ class Checkpoints:
             self._whole[path] = unpack(data.get("metrics", {}), {})
         return self._whole[path]
 
-    def _metrics_if_whole(self, path: Path) -> dict[str, float] | None:
-        return None if find_damage(path) else self._metrics(path)
-
     def _by_merit(self) -> list[Path]:
         """Folders that have the metric, best first; of equals the earlier one."""
         rated: list[tuple[float, Path]] = []
         for path in self.steps():
             try:
-                value = self._metrics(path).get(self.metric or "")
+                rated.append((self._cost(self._metrics(path)), path))
             except CheckpointError:
                 continue
-            if value is not None and is_better(value, None, self.mode):
-                rated.append((value, path))
-        sign = 1 if self.mode == "min" else -1
-        return [path for _, path in sorted(rated, key=lambda pair: (sign * pair[0], pair[1].name))]
+        return [path for cost, path in sorted(rated, key=lambda pair: (pair[0], pair[1].name)) if cost < math.inf]
 
     def _point(self) -> None:
         paths, best = self.steps(), self._by_merit()
         for name, path in [("last", paths[-1]), ("best", best[0] if best else paths[-1])]:
             hint = {"format": FORMAT, "folder": path.name, "metrics": pack(self._metrics(path))[0]}
-            write_durable(self.folder / f"{name}.json", to_json(hint, indent=True))
+            try:
+                write_durable(self.folder / f"{name}.json", to_json(hint, indent=True))
+            except StorageError as error:  # the checkpoint itself is durable, and a scan finds it
+                self._warn(f"{name}.json could not be written: {error.got}")
 
     def _retire(self) -> None:
         kept = {*self.steps()[-self.keep_last :], *self._by_merit()[: self.keep_best]}
@@ -258,10 +270,9 @@ class Checkpoints:
                 self._whole.pop(path, None)
                 remove_folder(path)
 
-    def _set_aside(self, path: Path, damage: str) -> None:
-        moved = set_aside(path)
-        self._whole.pop(path, None)
-        self._warn(f"checkpoint {path.name} is damaged ({damage}); it was set aside as {moved.name}")
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def encode(step: int, state: dict[str, Any], metrics: dict[str, float]) -> dict[str, bytes]:

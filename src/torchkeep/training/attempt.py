@@ -13,25 +13,32 @@ from ..keep.checkpoint import Checkpoints, Saved
 from ..keep.generators import seed_generators
 from ..tensors import tensor_sha256
 from ..watch.console import Console, format_number, format_seconds
-from ..watch.records import Recorder, next_attempt
+from ..watch.records import Recorder, last_step, next_attempt
 from ..watch.tensorboard import TensorBoardView
 from .loop import Signals, Training, load_model
 from .prepare import Prepared
 
 
-def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: float) -> None:
-    """Train a prepared run to its end in its folder, whose lock is held. ``began`` is when the command began, Unix s.
+def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: float, is_exact: bool) -> None:
+    """Train a prepared run to its end in its folder, whose lock is held.
+
+    ``began`` is when the command began, Unix s. An attempt that is not exact, since something has changed, is shown
+    apart where it takes steps again that were recorded before (law 9).
 
     Raises:  Interrupted or PreemptedError after saving; RunFailedError, with the last good checkpoint standing
     """
     settings = prepared.work.settings
     number = next_attempt(folder.records)
     checkpoints = checkpoints_of(prepared, folder, console)
-    views = [TensorBoardView(folder.tensorboard, number)] if "tensorboard" in settings.monitor.views else []
+    checkpoints.repair()
+    saved = checkpoints.latest()
+    goes_apart = not is_exact and last_step(folder.records) > (saved.step if saved else 0)
+    shown = folder.tensorboard / f"attempt-{number}" if goes_apart else folder.tensorboard
+    views = [TensorBoardView(shown, number)] if "tensorboard" in settings.monitor.views else []
     recorder = Recorder(folder.records, attempt=number, views=views, on_alert=console.warn)
     training = prepared.training(checkpoints, recorder, console, Signals(), _go_on(prepared, folder))
     try:
-        saved = _restore(training, settings.seed)  # a checkpoint that does not fit leaves no record behind
+        _restore(training, saved, settings.seed)  # a checkpoint that does not fit leaves no record behind
         _announce(training, prepared, folder, saved)
         if number == 0:
             _record_start(training, prepared, began)
@@ -44,8 +51,8 @@ def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: floa
 
 def _train(training: Training, prepared: Prepared) -> tuple[dict[str, float], str]:
     try:
-        at, changed = training.clock.state_dict(), list(prepared.work.assignments)
-        training.recorder.log("attempt_start", **at, from_step=training.clock.step, set=changed)
+        at = training.clock.state_dict()
+        training.recorder.log("attempt_start", **at, from_step=training.clock.step, settings=prepared.work.resolved)
         reason = training.run()
         metrics = {**training.metrics, **_test(prepared, training)}
         _record_end(training, "finished", metrics, reason)
@@ -73,18 +80,16 @@ def put(model: nn.Module, checkpoints: Checkpoints, saved: Saved) -> None:
 
     Raises:  CheckpointError where the checkpoint is damaged or of another model
     """
-    state = checkpoints.load(saved)
-    load_model(model, {**state["model"], **(state["optimizer"]["average"] or {})})
+    average = checkpoints.load_part(saved, "optimizer")["average"]
+    load_model(model, {**checkpoints.model(saved), **(average or {})})
 
 
-def _restore(training: Training, seed: int) -> Saved | None:
+def _restore(training: Training, saved: Saved | None, seed: int) -> None:
     """Become the newest whole checkpoint; without one, seed what a fresh run draws from."""
-    saved = training.checkpoints.latest()
     if saved is None:
         seed_generators(seed)
     else:
         training.load_state_dict(training.checkpoints.load(saved))
-    return saved
 
 
 def _announce(training: Training, prepared: Prepared, folder: RunFolder, saved: Saved | None) -> None:

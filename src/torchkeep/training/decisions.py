@@ -14,6 +14,11 @@ class Decisions:
         self._recorded = {row["name"]: row for row in recorded or []}
         self.rows: list[Decision] = []
 
+    def recorded(self, name: str) -> Json:
+        """What was decided when the run began; None in a new run."""
+        row = self._recorded.get(name)
+        return row["value"] if row else None
+
     def note(self, name: str, value: Json, reason: str, override: str = "") -> None:
         """A choice that changes no bit, made anew each time."""
         self.rows.append(Decision(name, value, reason, override))

@@ -107,6 +107,8 @@ class Mover:
             return value.to(self.device, non_blocking=True)
         if isinstance(value, dict):
             return {inner: self._moved(inner, item) for inner, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._moved("", item) for item in value)
         return value
 
 

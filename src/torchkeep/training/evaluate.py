@@ -86,7 +86,7 @@ class Evaluation:
 
 
 def _mean(losses: list[Tensor], counts: list[Tensor]) -> float:
-    values = torch.stack(losses).double().cpu().tolist()
-    shares = torch.stack(counts).double().cpu().tolist()
+    values = torch.stack(losses).cpu().double().tolist()
+    shares = torch.stack(counts).cpu().double().tolist()
     counted = [(value, share) for value, share in zip(values, shares, strict=True) if share]
     return sum(value * share for value, share in counted) / sum(shares) if counted else float("nan")

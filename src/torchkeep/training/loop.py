@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from ..contracts import INDEX, Batch, Clock
 from ..data.loader import Loader
-from ..errors import CheckpointError, Interrupted, NonFiniteLossError, PreemptedError
+from ..errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    CheckpointError,
+    Interrupted,
+    NonFiniteLossError,
+    PreemptedError,
+    TorchkeepError,
+)
 from ..keep.checkpoint import Checkpoints
 from ..keep.generators import generator_states, set_generator_states
 from ..keep.stopping import EarlyStopping, is_better
@@ -43,11 +52,11 @@ class Window:
     extras: dict[str, list[float]] = field(default_factory=dict)
     _losses: list[Tensor] = field(default_factory=list)
     _extras: list[dict[str, Tensor]] = field(default_factory=list)
-    _batches: list[list[Batch]] = field(default_factory=list)
+    _indices: list[list[Tensor]] = field(default_factory=list)
 
-    def add(self, result: StepResult, batches: list[Batch]) -> None:
+    def add(self, result: StepResult, indices: list[Tensor]) -> None:
         self._losses.append(result.loss)
-        self._batches.append(batches)
+        self._indices.append(indices)
         self.counts.append(result.samples)
         if result.extras:
             self._extras.append(result.extras)
@@ -59,16 +68,16 @@ class Window:
         """
         if not self._losses:
             return
-        values = torch.stack(self._losses).double().cpu().tolist()
+        values = torch.stack(self._losses).cpu().double().tolist()
         for number, value in enumerate(values):
             if not math.isfinite(value):
                 bad = step - len(values) + number + 1
-                raise _non_finite(value, bad, self._batches[number])
+                raise _non_finite(value, bad, self._indices[number])
         self.values += values
         for name in dict.fromkeys(name for row in self._extras for name in row):
-            read = torch.stack([row[name].double() for row in self._extras if name in row]).cpu().tolist()
+            read = torch.stack([row[name].float() for row in self._extras if name in row]).cpu().tolist()
             self.extras.setdefault(name, []).extend(read)
-        self._losses, self._extras, self._batches = [], [], []
+        self._losses, self._extras, self._indices = [], [], []
 
     def sums(self) -> tuple[float, int]:
         """The loss summed over samples, and the samples. The same whenever the values were read."""
@@ -81,16 +90,16 @@ class Window:
         self.values, self.counts, self.extras = state["values"], state["counts"], state["extras"]
 
 
-def _samples_text(batches: list[Batch]) -> str:
-    ids = [int(i) for batch in batches for i in batch[INDEX]]
+def _samples_text(indices: list[Tensor]) -> str:
+    ids = [number for index in indices for number in index.tolist()]
     return "samples " + ", ".join(map(str, ids[:16])) + (f" … ({len(ids)} in all)" if len(ids) > 16 else "")
 
 
-def _non_finite(value: float, step: int, batches: list[Batch]) -> NonFiniteLossError:
+def _non_finite(value: float, step: int, indices: list[Tensor]) -> NonFiniteLossError:
     return NonFiniteLossError(
         f"the loss became {value}",
         where=f"step {step}",
-        got=_samples_text(batches),
+        got=_samples_text(indices),
         expected="a finite loss",
         fix="a lower optimizer.learning_rate, train.clip_norm = 1.0, or a look at these samples; "
         "the last good checkpoint stays",
@@ -143,11 +152,13 @@ class Training:
         valid: Loader | None,
         *,
         total_steps: int,
+        steps_per_epoch: int,
         log_every: int,
         best_metric: str | None,
         stopper: EarlyStopping | None,
         average: Average | None,
         train_metrics: list[Metric | Adapted],
+        objects: dict[str, Any],
         checkpoints: Checkpoints,
         recorder: Recorder,
         console: Console,
@@ -155,9 +166,11 @@ class Training:
         go_on: str,
     ):
         self.settings, self.clock, self.stepper, self.evaluation = settings, clock, stepper, evaluation
-        self.loader, self.valid, self.total_steps, self.log_every = loader, valid, total_steps, log_every
+        self.loader, self.valid, self.log_every = loader, valid, log_every
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.best_metric, self.stopper, self.average = best_metric, stopper, average
-        self.train_metrics, self.checkpoints, self.recorder = train_metrics, checkpoints, recorder
+        self.train_metrics, self.objects = train_metrics, objects
+        self.checkpoints, self.recorder = checkpoints, recorder
         self.console, self.signals, self.go_on = console, signals, go_on
         self.best = Best()
         self.history: list[dict[str, Any]] = []
@@ -165,7 +178,7 @@ class Training:
         self.window = Window()
         self._epoch_loss, self._epoch_samples = 0.0, 0
         self._next_log = log_every
-        self._last_batches: list[Batch] = []
+        self._last_indices: list[Tensor] = []
         self._trained_s, self._trained_samples = 0.0, 0
         every = settings.checkpoint.every
         self._save_steps = every if isinstance(every, int) else None
@@ -188,19 +201,29 @@ class Training:
         Raises:  Interrupted or PreemptedError after saving, NonFiniteLossError without
         """
         epochs = self.settings.train.epochs
-        steps_per_epoch = math.ceil(len(self.loader) / self.settings.train.accumulate)
-        self.console.start(self.total_steps, self.clock.step, steps_per_epoch, epochs)
+        self.console.start(self.total_steps, self.clock.step, self.steps_per_epoch, epochs)
         begin_training(self.stepper.model)
         with self.signals:
-            if self.clock.step == 0:
-                self.save()  # a full disk is found now, and a kill before the first save loses nothing
-            while self.clock.epoch < epochs and self.clock.step < self.total_steps and not self._is_stopped:
-                started = time.perf_counter()
-                finished = self._epoch()
-                self._end_epoch(finished, time.perf_counter() - started)
-            if self.checkpoints.has_held or self._last_saved_step != self.clock.step:
-                self.save()
+            try:
+                self._run_epochs()
+            except Exception as error:
+                with contextlib.suppress(TorchkeepError):
+                    self.checkpoints.release()  # the best so far is good, whatever came after it
+                if isinstance(error, TorchkeepError) and error.exit_code == EXIT_BAD_INPUT:
+                    error.exit_code = EXIT_FAILED  # what was written by now stands
+                raise
         return "stopped early" if self._is_stopped else "finished"
+
+    def _run_epochs(self) -> None:
+        if self.clock.step == 0:
+            self.save()  # a full disk is found now, and a kill before the first save loses nothing
+        epochs = self.settings.train.epochs
+        while self.clock.epoch < epochs and self.clock.step < self.total_steps and not self._is_stopped:
+            started = time.perf_counter()
+            finished = self._epoch()
+            self._end_epoch(finished, time.perf_counter() - started)
+        if self.checkpoints.has_held or self._last_saved_step != self.clock.step:
+            self.save()
 
     @property
     def _is_stopped(self) -> bool:
@@ -210,17 +233,17 @@ class Training:
         """Steps up to the epoch's end, or to the last step; whether the epoch was finished."""
         clock, stepper, window, limit = self.clock, self.stepper, self.window, self.total_steps
         begun, samples = time.perf_counter(), clock.samples
-        last_of_epoch = (clock.epoch + 1) * math.ceil(len(self.loader) / self.settings.train.accumulate)
+        last_of_epoch = (clock.epoch + 1) * self.steps_per_epoch
         for batches in self._groups():
+            self._last_indices = indices = [batch[INDEX] for batch in batches]
             try:
                 result = stepper(batches)
             except Exception as error:
-                error.add_note(f"in step {clock.step + 1} of epoch {clock.epoch + 1}, {_samples_text(batches)}")
+                error.add_note(f"in step {clock.step + 1} of epoch {clock.epoch + 1}, {_samples_text(indices)}")
                 raise
             clock.step += 1
             clock.samples += result.samples
-            window.add(result, batches)
-            self._last_batches = batches
+            window.add(result, indices)
             now = time.perf_counter()
             if now >= self._next_tick:
                 self._tick(now)
@@ -329,6 +352,7 @@ class Training:
         if (by_epoch and now - self._last_save >= _SHORT_EPOCH_S) or (not by_epoch and self._is_save_due(now)):
             self.save()
         elif is_best and self.settings.checkpoint.keep_best:
+            self._check_parameters()
             self.checkpoints.hold(self.clock.step, self.state_dict(), self.metrics)
 
     def save(self) -> None:
@@ -351,7 +375,7 @@ class Training:
             raise NonFiniteLossError(
                 "the update left parameters that are not finite",
                 where=f"step {self.clock.step}",
-                got=_samples_text(self._last_batches),
+                got=_samples_text(self._last_indices),
                 expected="finite parameters",
                 fix="a lower optimizer.learning_rate or train.clip_norm = 1.0; the last good checkpoint stays",
             )
@@ -375,6 +399,8 @@ class Training:
                 "average": self.average.state_dict() if self.average else None,
             },
             "rng": generator_states(),
+            "objects": {name: dict(part.state_dict()) for name, part in self.objects.items()},
+            "accumulate": self.settings.train.accumulate,
             "clock": self.clock.state_dict(),
             "loader": self.loader.state_dict(),
             "stopper": self.stopper.state_dict() if self.stopper else None,
@@ -391,10 +417,20 @@ class Training:
 
         Raises:  CheckpointError where model, optimiser or data are not those of the checkpoint
         """
+        if state["accumulate"] != self.settings.train.accumulate:
+            raise CheckpointError(
+                "a step is of another number of batches",
+                where="train.accumulate",
+                got=self.settings.train.accumulate,
+                expected=state["accumulate"],
+                fix="resume with the same train.accumulate: steps are counted in it",
+            )
         load_model(self.stepper.model, state["model"])
+        for name, part in self.objects.items():
+            part.load_state_dict(state["objects"].get(name, {}))
         self.stepper.optimizers.load_state_dict(state["optimizer"])
-        if self.average is not None and state["optimizer"]["average"]:
-            self.average.load_state_dict(state["optimizer"]["average"])
+        if self.average is not None:  # one that is new with this resume begins at the parameters as they are
+            self.average.load_state_dict(state["optimizer"]["average"] or state["model"])
         self.clock.load_state_dict(state["clock"])
         self.loader.load_state_dict(state["loader"])
         if self.stopper is not None and state["stopper"]:

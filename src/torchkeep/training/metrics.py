@@ -37,11 +37,12 @@ class Metric:
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add a batch. Shapes: output (B, …), target (B, …)"""
         measured = self._measure(output.detach(), target)
-        self._total = measured if self._total is None else self._total.add_(measured)
+        # what a resume has loaded lies on the CPU
+        self._total = measured if self._total is None else self._total.to(measured.device).add_(measured)
 
     def compute(self) -> float:
         """The number, read from the device; NaN where nothing was added."""
-        return float("nan") if self._total is None else self._finish(self._total.double().cpu())
+        return float("nan") if self._total is None else self._finish(self._total.cpu().double())
 
     def state_dict(self) -> dict[str, Any]:
         return {"total": self._total}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import nn
 from ..contracts import Batch, Clock, Json, KeyedDataset, Schema
 from ..data.arrays import Arrays
 from ..data.foreign import kept_generators
-from ..data.loader import Loader, foreign_of
+from ..data.loader import Backend, Loader, foreign_of
 from ..data.splits import Part
 from ..errors import ModelError, SettingsError
 from ..keep.checkpoint import Checkpoints
@@ -59,7 +60,7 @@ class Work:
     collate: Callable[[list[Any]], Any] | None = None
     load: Callable[[str], Any] = field(default=lambda name: None)
     is_recipe: bool = False
-    assignments: Sequence[str] = ()
+    resolved: Json = None
 
     def fingerprints(self) -> dict[str, str]:
         """What names each split's content."""
@@ -101,9 +102,12 @@ class Prepared:
         self.metrics = make_metrics(work.metrics if work.metrics is not None else train.metrics)
         if work.step is None:
             self._try(batch)
-        per_epoch = -(-len(self.loader) // train.accumulate)
-        self.total_steps = min(per_epoch * train.epochs, train.max_steps or per_epoch * train.epochs)
+        self.steps_per_epoch = math.ceil(len(self.loader) / train.accumulate)
+        whole = self.steps_per_epoch * train.epochs
+        self.total_steps = min(whole, train.max_steps or whole)
         self.optimizers = self._optimizers()
+        self.objects = _stateful_objects(work)
+        self._check_all_are_saved()
         self.average = Average(work.model, train.ema) if train.ema else None
         self.best_metric, self.best_mode = self._choose_best()
         self.stopper = self._stopper()
@@ -146,15 +150,25 @@ class Prepared:
 
     def _loader(self, data: KeyedDataset, *, shuffle: bool = False, last: Literal["keep", "drop"] = "keep") -> Loader:
         work = self.work
+        workers, backend = self._reader(data)
         return Loader(
             data,
             work.batch_size,
             shuffle=shuffle,
             collate=work.collate,
             seed=work.settings.seed,
-            workers=work.workers,
+            workers=workers,
+            backend=backend,
             last=last,
         )
+
+    def _reader(self, data: KeyedDataset) -> tuple[int | Literal["auto"], Backend]:
+        """Who reads: for foreign data as it was chosen by measuring when the run began, for code may count threads."""
+        recorded = self.decisions.recorded("feeding")
+        if self.work.workers != "auto" or foreign_of(data) is None or recorded is None:
+            return self.work.workers, "auto"
+        number, _, kind = str(recorded).partition(" ")
+        return (int(number), "processes") if kind == "processes" else (0, "inline")
 
     def evaluation_loader(self, data: KeyedDataset) -> Loader:
         """A loader over a split, in order."""
@@ -297,6 +311,19 @@ class Prepared:
             factor = work.schedule
         return Optimizers(by_name, factor, self.total_steps, scheduler, work.schedule_every, scaler)
 
+    def _check_all_are_saved(self) -> None:
+        """Every parameter that an optimiser moves must be part of a checkpoint."""
+        saved = {id(p) for owner in (self.work.model, *self.objects.values()) for p in _parameters_of(owner)}
+        strange = [p for p in self.optimizers.parameters if id(p) not in saved]
+        if strange:
+            raise SettingsError(
+                "an optimiser moves parameters that no checkpoint would hold",
+                where="optimizer",
+                got=f"{len(strange)} parameters, first of shape {tuple(strange[0].shape)}",
+                expected="parameters of the model, or of a loss or step that is an nn.Module",
+                fix="make them part of the model, of a loss module, or of a step with state_dict()",
+            )
+
     def _choose_fused(self) -> bool:
         chosen = self.work.settings.optimizer
         if chosen.fused != "auto" or chosen.name not in ("adamw", "sgd"):
@@ -372,11 +399,13 @@ class Prepared:
             self.loader,
             self.valid,
             total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
             log_every=self.log_every,
             best_metric=self.best_metric,
             stopper=self.stopper,
             average=self.average,
             train_metrics=self.train_metrics,
+            objects=self.objects,
             checkpoints=checkpoints,
             recorder=recorder,
             console=console,
@@ -390,6 +419,19 @@ class Prepared:
         self.loader.close()
         if self.valid is not None:
             self.valid.close()
+
+
+def _stateful_objects(work: Work) -> dict[str, Any]:
+    """A program's own objects that have a memory: their state is saved beside the model's."""
+    given = {"loss": work.loss, "step": work.step, "collate": work.collate}
+    return {name: o for name, o in given.items() if hasattr(o, "state_dict") and hasattr(o, "load_state_dict")}
+
+
+def _parameters_of(owner: Any) -> list[Any]:
+    if isinstance(owner, nn.Module):
+        return list(owner.parameters())
+    parts = [part for part in vars(owner).values() if isinstance(part, nn.Module)] if hasattr(owner, "__dict__") else []
+    return [parameter for part in parts for parameter in part.parameters()]
 
 
 def _check_one(by_name: dict[str, torch.optim.Optimizer]) -> None:

@@ -387,6 +387,24 @@ def next_attempt(path: Path) -> int:
     return 0 if last is None else int(_parse(last, path, "last")["attempt"]) + 1
 
 
+def last_step(path: Path) -> int:
+    """The step of the last record; 0 for a fresh or missing file."""
+    try:
+        last = _last_line(path)
+    except FileNotFoundError:
+        return 0
+    return 0 if last is None else int(_parse(last, path, "last")["step"])
+
+
+def last_attempt_start(path: Path) -> Record | None:
+    """How the newest attempt began. Other lines are not looked at, so damage among them hides nothing."""
+    found = None
+    for _, line in _lines(path) if path.exists() else ():
+        if line.startswith(b'{"kind":"attempt_start"'):
+            found = line
+    return None if found is None else _parse(found, path, "of an attempt's start")
+
+
 def _last_line(path: Path) -> bytes | None:
     """The last line that is whole, read from the end."""
     size, wanted = path.stat().st_size, _TAIL_BYTES

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torchkeep.errors import CheckpointError
+from torchkeep.files import DurableFolder
 from torchkeep.keep.checkpoint import Checkpoints, CheckpointSettings, find_damage
 from torchkeep.keep.stopping import EarlyStopping, better_mode
 from torchkeep.settings import check
@@ -111,8 +112,11 @@ def test_damage_of_any_file_is_found_and_the_one_before_is_taken(tmp_path: Path,
     latest = checkpoints.latest()
     assert latest is not None
     assert latest.step == 1
-    assert "damaged-step-00000002-1" in names(tmp_path)
     assert "step-00000002" in said[0]
+    assert "step-00000002" in names(tmp_path)  # a reader changes nothing
+    checkpoints.repair()
+    assert "damaged-step-00000002-1" in names(tmp_path)
+    assert "step-00000002" not in names(tmp_path)
 
 
 def test_nothing_damaged_is_ever_loaded(tmp_path: Path) -> None:
@@ -155,3 +159,48 @@ def test_the_direction_is_known_from_the_name(metric: str, mode: str) -> None:
 )
 def test_a_period_is_an_epoch_steps_or_a_time(every: str | int, seconds: float | None) -> None:
     assert check(CheckpointSettings, {"every": every}, "test").period_s() == seconds
+
+
+def test_a_reader_does_not_disturb_the_one_who_writes(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(1, state_of(1), {})
+    with DurableFolder(tmp_path / "step-00000002") as folder:
+        folder.write("state.json", b"{}")
+        reader = Checkpoints(tmp_path)
+        assert reader.latest() is not None
+        assert reader.best() is not None
+    assert (tmp_path / "step-00000002" / "manifest.json").exists()
+
+
+def test_what_is_acknowledged_is_what_was_given(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(100, state_of(0), {})
+    again = Checkpoints(tmp_path)
+    path = again.save(100, state_of(7), {})
+    assert float(again.load(path)["model"]["w"][0, 0]) == 7
+    with pytest.raises(CheckpointError, match="later checkpoint"):
+        again.save(10, state_of(1), {})
+    assert names(tmp_path) == ["step-00000100"]
+
+
+def test_a_course_that_went_back_over_a_damaged_one_saves_on(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (100, 200):
+        checkpoints.save(step, state_of(step), {})
+    (tmp_path / "step-00000200" / "state.json").write_text("{")
+    other = Checkpoints(tmp_path)
+    other.save(150, state_of(150), {})
+    latest = other.latest()
+    assert latest is not None
+    assert latest.step == 150
+
+
+def test_the_k_best_of_those_held_are_written(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=2, metric="valid/accuracy", mode="max")
+    for step, accuracy in enumerate([0.1, 0.5, 0.9], start=1):
+        checkpoints.hold(step, state_of(step), {"valid/accuracy": accuracy})
+    checkpoints.save(4, state_of(4), {"valid/accuracy": 0.2})
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def test_nothing_to_load_is_said() -> None:
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        Checkpoints("nowhere").load(Checkpoints("nowhere").latest())

@@ -375,3 +375,56 @@ def test_what_is_set_on_a_resume_holds_and_is_remembered(tmp_path: Path, monkeyp
     groups = saved.load(saved.latest())["optimizer"]["optimizers"]["main"]["param_groups"]
     assert groups[0]["weight_decay"] == 0.2
     assert again.status == "finished"
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter of its own, as metric learning has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output * self.scale, target)
+
+
+def test_a_loss_that_learns_goes_on_where_it_was(tmp_path: Path) -> None:
+    def run(name: str, stop_at: int | None) -> Tensor:
+        model, loss = net(), Scaled()
+        model.register_forward_pre_hook(Interrupting(stop_at))
+        optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.1)
+        tk.fit(model, DATA, loss=loss, optimizer=optimizer, epochs=2, batch_size=15, run_dir=tmp_path / name,
+               settings={"train": {"threads": 1}}, monitor={"views": []}, resume="auto", quiet=True)  # fmt: skip
+        return loss.scale.detach()
+
+    wanted = run("whole", None)
+    with pytest.raises(tk.Interrupted):
+        run("stopped", 3)
+    assert torch.equal(run("stopped", None), wanted)
+
+
+def test_parameters_that_no_checkpoint_would_hold_are_refused(tmp_path: Path) -> None:
+    model, lost = net(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([*model.parameters(), lost])
+    with pytest.raises(tk.TorchkeepError, match="no checkpoint would hold"):
+        tk.fit(model, DATA, loss=lambda output, target: F.cross_entropy(output * lost, target), optimizer=optimizer,
+               epochs=1, run_dir=tmp_path / "run", quiet=True)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_accumulation_is_refused_and_another_learning_rate_goes_apart(tmp_path: Path) -> None:
+    def run(stop_at: int | None, accumulate: int = 1, learning_rate: float = 0.01) -> tk.Run:
+        model = net()
+        model.register_forward_pre_hook(Interrupting(stop_at))
+        return tk.fit(model, DATA, epochs=3, batch_size=15, run_dir=tmp_path / "run", learning_rate=learning_rate,
+                      checkpoint={"every": 2}, settings={"train": {"threads": 1, "accumulate": accumulate}},
+                      resume="auto", quiet=True)  # fmt: skip
+
+    with pytest.raises(tk.Interrupted):
+        run(5)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")  # as after a kill between two saves
+    with pytest.raises(tk.TorchkeepError, match="another number of batches"):
+        run(None, accumulate=2)
+    ended = run(None, learning_rate=0.02)
+    assert (tmp_path / "run" / "tensorboard" / "attempt-1").is_dir()
+    assert ended.status == "finished"

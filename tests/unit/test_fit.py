@@ -914,3 +914,19 @@ def test_a_plateau_that_wants_less_is_not_given_an_accuracy(fit: Fit) -> None:
 
     run = fit(net(), None, TensorDataset(X, Y), metrics=["accuracy"], optimizer=sgd, schedule=lambda o: Watched(o))
     assert seen == losses(run, "valid/loss")
+
+
+class Shifted(TensorDataset):
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        x, y = super().__getitem__(index)
+        return x + 100, y
+
+
+def test_a_tensor_dataset_that_adds_something_of_its_own_is_not_bypassed() -> None:
+    batch = next(iter(tk.Loader(Shifted(X, Y), 4)))
+    assert torch.equal(batch["input"], X[:4] + 100)
+
+
+def test_float64_stays_float64(fit: Fit) -> None:
+    run = fit(net().double(), TensorDataset(X.double(), Y))
+    assert next(run.model().parameters()).dtype == torch.float64

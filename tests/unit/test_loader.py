@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -349,3 +353,36 @@ def test_a_batch_sampler_is_no_sampler() -> None:
     batch_sampler = torch.utils.data.BatchSampler(SequentialSampler(range(10)), 2, False)
     with pytest.raises(SettingsError, match="gives no positions"):
         list(numbers(10, 2, sampler=batch_sampler))
+
+
+ORPHANS = """
+import time, torch, torchkeep as tk
+from samples import Noisy
+if __name__ == "__main__":
+    loader = tk.Loader(Noisy(size=10_000), 2, workers=2, backend="processes")
+    for number, batch in enumerate(loader):
+        if number == 1:
+            print(*[process.pid for process in loader._executor._processes.values()], flush=True)
+            time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
+def test_workers_end_with_a_trainer_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    laws = str(Path(__file__).parents[1] / "laws")
+    paths = os.pathsep.join([laws, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(tmp_path / "orphans.py")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
+    ) as trainer:
+        assert trainer.stdout is not None
+        workers = [int(word) for word in trainer.stdout.readline().split()]
+        trainer.kill()
+    assert len(workers) == 2
+    for _ in range(300):
+        alive = [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+        if not alive:
+            break
+        time.sleep(0.1)
+    assert alive == []

@@ -34,7 +34,7 @@ from .usercode import CodeReference, check_trusted, load_function, read_referenc
 from .watch.console import Console
 from .watch.records import last_attempt_start, next_attempt, read_records
 
-Resume = Literal["no", "auto"]
+Resume = Literal["no", "auto"] | bool
 RUNS = Path("runs")
 
 
@@ -109,7 +109,7 @@ class Run:
             found = [(name, part) for name, part in [("test", work.test), ("valid", work.valid)] if part is not None]
             if not found:
                 raise SettingsError(
-                    "this run has no test and no validation split", where="evaluate", fix="name the data"
+                    "this run has no test and no validation split", where="evaluate", fix="run.evaluate(data)"
                 )
             return found[0]
         if isinstance(data, str | Path):
@@ -158,7 +158,7 @@ def train(
     Raises:  SettingsError, DataError, ModelError before anything is written; Interrupted, PreemptedError after saving
     """
     read, base = read_recipe(recipe, list(set))
-    found = _find_run(read.name, run_dir) if resume == "auto" else None
+    found = _find_run(read.name, run_dir) if _goes_on(resume) else None
     console = Console(quiet)
     with contextlib.closing(console):
         lock = FolderLock(found.path).acquire() if found else None
@@ -211,6 +211,7 @@ def fit(
 
     Raises:  SettingsError, DataError, ModelError before anything is written; Interrupted, PreemptedError after saving
     """
+    _check_objects(model, loss=loss, optimizer=optimizer, step=step)
     data = _sections(settings or {}, seed, name or (Path(run_dir).name if run_dir else type(model).__name__.lower()))
     _merge(data, "train", {"epochs": epochs, "loss": loss if isinstance(loss, str) else None})
     _merge(data, "checkpoint", checkpoint or {})
@@ -227,7 +228,7 @@ def fit(
     _merge(data, "optimizer", {"name": None if own_optimizer else optimizer, "learning_rate": learning_rate})
     _merge(data, "optimizer", {"schedule": schedule if isinstance(schedule, str) else None})
     checked = check(RunSettings, data, "tk.fit")
-    found = _find_run(checked.name, run_dir) if resume == "auto" else None
+    found = _find_run(checked.name, run_dir) if _goes_on(resume) else None
     console = Console(quiet)
     with contextlib.closing(console):
         lock = FolderLock(found.path).acquire() if found else None
@@ -349,6 +350,28 @@ def _merge(data: dict[str, Any], section: str, values: dict[str, Any]) -> None:
     data.setdefault(section, {}).update(given)
 
 
+def _goes_on(resume: Resume) -> bool:
+    if resume not in ("no", "auto", True, False):
+        raise SettingsError("this is no way to resume", where="resume", got=repr(resume), expected='"no" or "auto"')
+    return resume in ("auto", True)
+
+
+def _check_objects(model: Any, **given: Any) -> None:
+    """A class where an object is meant: the commonest slip of all."""
+    for name, value in {"model": model, **given}.items():
+        if isinstance(value, type):
+            made = "lambda model: torch.optim.SGD(model.parameters(), lr=0.1)" if name == "optimizer" else "NAME(…)"
+            raise SettingsError(
+                "this is a class, not an object of it",
+                where=f"tk.fit({name}=…)",
+                got=value.__name__,
+                expected="an object",
+                fix=f"{name}={made.replace('NAME', value.__name__)}",
+            )
+    if not isinstance(model, nn.Module):
+        raise SettingsError("this is no model", where="tk.fit", got=type(model).__name__, expected="a torch.nn.Module")
+
+
 def _place(name: str, run_dir: str | Path | None) -> Path:
     return Path(run_dir) if run_dir is not None else RUNS / name
 
@@ -403,7 +426,8 @@ def _recorded_recipe(folder: RunFolder, facts: Json, assignments: list[str]) -> 
             where=folder.path,
             got=f"model {objects.get('model')}, data {objects.get('train')}",
             expected="a run of torchkeep train",
-            fix=f'run the same program again with tk.fit(…, run_dir="{folder.path}", resume="auto")',
+            fix=f'in that program tk.fit(…, run_dir="{folder.path}", resume="auto") goes on, and gives a run with '
+            "evaluate, predict and model",
         )
     return recipe_from_json(data, folder.run_file), Path(facts["base"])
 

@@ -17,6 +17,7 @@ from .errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     Interrupted,
+    RunFolderError,
     SettingsError,
     TorchkeepError,
 )
@@ -149,6 +150,8 @@ def runs(folder: str, as_json: bool) -> None:
         for row in rows:
             click.echo(_json_line(row))
         return
+    if not rows and not Path(folder).is_dir() and folder != "runs":
+        raise RunFolderError("there is no such folder", where=folder, fix="torchkeep runs FOLDER")
     if not rows:
         click.echo(f"no runs under {folder}; torchkeep train RECIPE makes one")
         return

@@ -47,6 +47,14 @@ class BadSampleError(DataError):
     """One sample that cannot be read."""
 
 
+class LabelError(DataError):
+    """Labels that the model has no output for; ``rows`` are their places in the batch."""
+
+    def __init__(self, what: str, rows: list[int], *, got: str, expected: str, fix: str):
+        super().__init__(what, where=f"rows {rows[:16]} of the batch", got=got, expected=expected, fix=fix)
+        self.rows = rows
+
+
 class ModelError(TorchkeepError):
     """A model that cannot be built or does not fit the data or the loss."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +117,7 @@ def create_run_folder(name: str, runs: Path) -> RunFolder:
             expected="a folder, or nothing yet",
             fix="move that file, or choose another folder with --run-dir",
         )
-    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    return RunFolder(new_folder(runs, plain))
+    return RunFolder(new_folder(runs, name))
 
 
 def open_run_folder(path: str | Path) -> RunFolder:

@@ -131,7 +131,7 @@ def _explain(model: type[Settings], errors: list[Any], data: dict[str, Any], whe
             where=f"{where}: {key}",
             got=repr(path[-1]),
             expected=f"one of {', '.join(sorted(known))}",
-            fix=nearest(path[-1], known) or "torchkeep schema prints every key",
+            fix=nearest(path[-1], known) or _elsewhere(model, path[-1]) or "torchkeep schema prints every key",
         )
     if first["type"] == "missing" and isinstance(first["loc"][-1], str):
         key = ".".join([*path, first["loc"][-1]])
@@ -161,6 +161,13 @@ def _path_in(data: Any, loc: tuple[str | int, ...]) -> list[str]:
         path.append(str(part))
         data = data[part]
     return path
+
+
+def _elsewhere(model: type[BaseModel], name: str) -> str:
+    """The section that has a key of this name."""
+    sections = {key: _section_of(field.annotation) for key, field in model.model_fields.items()}
+    homes = [f"{key}.{name}" for key, section in sections.items() if section and name in section.model_fields]
+    return f"did you mean {homes[0]}?" if homes else ""
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -930,3 +930,48 @@ def test_a_tensor_dataset_that_adds_something_of_its_own_is_not_bypassed() -> No
 def test_float64_stays_float64(fit: Fit) -> None:
     run = fit(net().double(), TensorDataset(X.double(), Y))
     assert next(run.model().parameters()).dtype == torch.float64
+
+
+class Labelled(Dataset[Any]):
+    """Nothing says which labels it has but its samples."""
+
+    def __init__(self, bad: int | None = None):
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return X[index % 40], 7 if index == self.bad else index % 3
+
+
+def test_a_label_out_of_range_is_named_with_its_sample(fit: Fit) -> None:
+    with pytest.raises(tk.TorchkeepError, match=r"step \d, samples 57\n  got:      label 7\n  expected: 0 to 2"):
+        fit(net(), Labelled(57))
+    with pytest.raises(tk.TorchkeepError, match=r"split valid, samples \[33\]\n  got:      label 7"):
+        fit(net(), Labelled(), Labelled(33))
+
+
+def test_a_run_folder_is_called_as_it_was_asked_for(tmp_path: Path) -> None:
+    place = tmp_path / "mein Lauf ü"
+    for _ in range(2):
+        run = tk.fit(net(), Labelled(), epochs=1, run_dir=place, resume=True, quiet=True)
+        assert run.dir == place
+
+
+@pytest.mark.parametrize(
+    "slip",
+    [
+        {"loss": nn.CrossEntropyLoss},
+        {"optimizer": torch.optim.SGD},
+        {"resume": "yes"},
+        {"collate": lambda samples: samples},
+        {"collate": lambda samples: [1, 2]},
+        {"train": (X, Y)},
+    ],
+    ids=str,
+)
+def test_a_slip_is_said_in_the_one_form_before_anything_is_written(slip: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(tk.TorchkeepError):
+        tk.fit(net(), **{"train": Labelled(), "run_dir": tmp_path / "run", **slip})
+    assert list(tmp_path.iterdir()) == []

@@ -41,7 +41,7 @@ def decode_image(data: bytes, name: str, channels: int = 3) -> U8:
             where=name,
             got=_describe(data, error),
             expected="a complete JPEG, PNG, WebP, BMP, GIF or TIFF",
-            fix="replace or delete this image",
+            fix="mend or remove this image and start a new run: other data make another run",
         ) from None
 
 

@@ -353,7 +353,7 @@ def _collated(dataset: KeyedDataset, samples: list[Any], indices: Indices, key: 
         made = _as_tensor(collate(samples))
     if isinstance(made, Mapping):
         return dict(made)
-    if isinstance(made, tuple | list) and foreign is not None:
+    if isinstance(made, tuple | list) and foreign is not None and not (len(made) == len(samples) > 2):
         return foreign.named(tuple(made))
     if isinstance(made, Tensor):
         return {"input": made}

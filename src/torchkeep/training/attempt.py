@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 
 from torch import nn
@@ -139,7 +140,9 @@ def _summarise(
     training: Training, prepared: Prepared, folder: RunFolder, metrics: dict[str, float], reason: str, began: float
 ) -> None:
     path, best, clock = folder.path, training.best, training.clock
-    rows = [(name, format_number(value)) for name, value in metrics.items()]
+    rows = [(name if name.startswith("test/") else f"last {name}", format_number(v)) for name, v in metrics.items()]
+    if best.value is not None:  # which parameters a test was made with must not be guessed
+        rows = [(name, f"{text} (the best)" if name.startswith("test/") else text) for name, text in rows]
     if best.value is not None:
         rows.insert(0, (f"best {training.best_metric}", f"{format_number(best.value)} (epoch {best.epoch})"))
     if training.trained_s:
@@ -159,15 +162,15 @@ def _summarise(
 
 def _go_on(prepared: Prepared, folder: RunFolder) -> str:
     if prepared.work.is_recipe:
-        return f"torchkeep resume {folder.path}"
+        return f"torchkeep resume {shlex.quote(str(folder.path))}"
     return f'run the same program again with tk.fit(…, run_dir="{folder.path}", resume="auto")'
 
 
 def _next_commands(prepared: Prepared, folder: RunFolder) -> list[str]:
-    path = folder.path
+    path = shlex.quote(str(folder.path))
     commands = []
     if prepared.work.is_recipe:
         commands = [f"torchkeep evaluate {path}", f"torchkeep predict {path} FILES", f"torchkeep inspect {path}"]
     if folder.tensorboard.is_dir():
-        commands.append(f"tensorboard --logdir {path.parent}")
+        commands.append(f"tensorboard --logdir {shlex.quote(str(folder.path.parent))}")
     return commands

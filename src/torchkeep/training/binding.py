@@ -43,7 +43,7 @@ class Binding:
         self._gives_targets = False
         keys = [name for name in batch if name not in _NOT_INPUT]
         self.targets = _find_targets(batch, keys, known_targets, targets)
-        self.call, self.how = self._bind(batch, keys, inputs, with_targets)
+        self.call, self.how = self._bind(batch, keys, inputs, with_targets, targets is not None)
 
     def target(self, batch: Batch) -> Any:
         """The truth of a batch."""
@@ -51,15 +51,26 @@ class Binding:
             return batch[self.targets[0]]
         return {name: batch[name] for name in self.targets} if self.targets else None
 
-    def _bind(self, batch: Batch, keys: list[str], inputs: Inputs | None, with_targets: bool) -> tuple[Call, str]:
+    def _bind(
+        self, batch: Batch, keys: list[str], inputs: Inputs | None, with_targets: bool, is_chosen: bool
+    ) -> tuple[Call, str]:
         model = self.model
         if callable(inputs):
             return _bind_callable(model, inputs), "inputs=(a function)"
         if inputs is None:
-            names = [name for name in keys if name not in self.targets and _can_feed(batch[name])] or self.targets
+            names = [name for name in keys if name not in self.targets and _can_feed(batch[name])]
+            names = names or (self.targets if is_chosen else [])  # targets="input": an autoencoder
         else:
             names = [inputs] if isinstance(inputs, str) else list(inputs)
             _check_keys(batch, names, "inputs")
+        if not names:
+            raise ModelError(
+                "there is nothing in the batch for the model",
+                where="inputs",
+                got=f"a batch with {batch_text(batch)}",
+                expected="a tensor that is no target",
+                fix='inputs="NAME" names its key; a collate gives a dict of tensors',
+            )
         keyword = self._keywords(names, with_targets)
         if keyword is not None:
             pairs = tuple(keyword.items())

@@ -11,6 +11,7 @@ from .. import gradients
 from ..contracts import INDEX, Batch
 from ..data.foreign import kept_generators
 from ..data.loader import Loader
+from ..errors import LabelError
 from ..model.freeze import evaluating
 from .binding import Binding
 from .device import Mover, autocast
@@ -53,7 +54,7 @@ class Evaluation:
         try:
             with kept_generators(), evaluating(self._binding.model), gradients.none_needed():
                 for batch in loader:
-                    loss, count = self._measure(batch)
+                    loss, count = self._checked(batch, split)
                     losses.append(loss)
                     counts.append(torch.as_tensor(count, device=loss.device))
         finally:
@@ -74,6 +75,13 @@ class Evaluation:
         for metric in self._metrics:
             metric.update(prediction_of(output), target)
         return loss, self._objective.count(target, size)
+
+    def _checked(self, batch: Batch, split: str) -> tuple[Tensor, int | Tensor]:
+        try:
+            return self._measure(batch)
+        except LabelError as error:
+            error.where = f"split {split}, samples {batch[INDEX][error.rows].tolist()[:16]}"
+            raise
 
     def _own(self, user_step: UserStep, batch: Batch) -> Tensor:
         assert self._stepper is not None

@@ -22,6 +22,7 @@ from ..errors import (
     EXIT_FAILED,
     CheckpointError,
     Interrupted,
+    LabelError,
     NonFiniteLossError,
     PreemptedError,
     TorchkeepError,
@@ -239,6 +240,8 @@ class Training:
             try:
                 result = stepper(batches)
             except Exception as error:
+                if isinstance(error, LabelError) and len(indices) == 1:
+                    error.where = f"step {clock.step + 1}, {_samples_text([indices[0][error.rows]])}"
                 error.add_note(f"in step {clock.step + 1} of epoch {clock.epoch + 1}, {_samples_text(indices)}")
                 raise
             clock.step += 1

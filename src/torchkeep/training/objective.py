@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ModelError, SettingsError, nearest
+from ..errors import LabelError, ModelError, SettingsError, nearest
 from ..model.describe import shape_text
 from .binding import Binding
 
@@ -43,10 +43,13 @@ class Objective:
     def __call__(self, output: Any, target: Any) -> Tensor:
         if self._loss is None:
             return self._from_output(output)
-        if self.name == "own":
-            loss = self._loss(output) if target is None else self._loss(output, target)
-            return loss if loss.ndim == 0 else loss.reshape(())
-        return self._loss(prediction_of(output), target)
+        try:
+            if self.name == "own":
+                loss = self._loss(output) if target is None else self._loss(output, target)
+                return loss if loss.ndim == 0 else loss.reshape(())
+            return self._loss(prediction_of(output), target)
+        except IndexError as error:
+            raise _label_error(prediction_of(output), target, error) from error
 
     def _from_output(self, output: Any) -> Tensor:
         loss = own_loss_of(output)
@@ -133,6 +136,27 @@ def _only_cross_entropy(name: str, class_weights: list[float] | None, label_smoo
 def classes_are_last(output: Tensor, target: Tensor) -> bool:
     """Whether an output is (B, T, K), as language models give it, and not (B, K, T)."""
     return output.ndim == 3 and output.shape[:2] == target.shape
+
+
+def _label_error(output: Any, target: Any, error: IndexError) -> Exception:
+    """What torch calls "Target 7 is out of bounds", with the rows of the batch; another error as it is."""
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return error
+    if output.ndim < 2 or target.is_floating_point():
+        return error
+    count = output.shape[-1 if classes_are_last(output, target) else 1]
+    wrong = ((target >= count) | ((target < 0) & (target != _IGNORED))).reshape(len(target), -1).any(1)
+    rows = wrong.nonzero().flatten().tolist()
+    if not rows:
+        return error
+    values = sorted({int(value) for value in target[wrong].flatten() if not 0 <= int(value) < count})
+    return LabelError(
+        "a label is outside the classes of the model",
+        rows,
+        got=f"label {', '.join(map(str, values[:10]))}",
+        expected=f"0 to {count - 1}, as the model has {count} outputs",
+        fix="mend the labels, or give the model as many outputs as there are classes",
+    )
 
 
 class _CrossEntropy(nn.Module):

@@ -98,6 +98,7 @@ class Prepared:
         batch = self.loader.peek()
         self.mover = Mover(self.device, work.train.schema)
         self._note_images(work.train.schema)
+        self._note_columns(getattr(work.train, "encoding", None))
         self.binding, self.objective = self._bind(batch)
         self.metrics = make_metrics(work.metrics if work.metrics is not None else train.metrics)
         if work.step is None:
@@ -213,6 +214,16 @@ class Prepared:
                 "images", f"mean {seen.mean[0]:g}, std {seen.std[0]:g}", "x / 255, then these", "data.mean"
             )
 
+    def _note_columns(self, encoding: Any) -> None:
+        if encoding is None:
+            return
+        numbered = zip(encoding.categories, encoding.vocabularies, strict=True)
+        categories = ", ".join(f"{name} ({len(words):,} values)" for name, words in numbered)
+        self.decisions.note("numbers", ", ".join(encoding.numbers) or "none", "columns of numbers", "data.drop")
+        self.decisions.note("categories", categories or "none", "all other columns", "data.drop")
+        reason = f"column {encoding.target!r}: {len(encoding.classes) or 'no'} classes"
+        self.decisions.note("task", encoding.task, reason, "data.target")
+
     def _bind(self, batch: Batch) -> tuple[Binding, Objective]:
         work, train = self.work, self.work.settings.train
         loss = work.loss if work.loss is not None else train.loss
@@ -222,7 +233,8 @@ class Prepared:
         target = binding.target(batch) if work.step is None else None
         objective, reason = choose_objective(loss, binding, target, train.class_weights, train.label_smoothing)
         if work.step is None:
-            self.decisions.note("inputs", binding.how, f"forward of {type(work.model).__name__}", "inputs")
+            override = "" if work.is_recipe else "inputs="
+            self.decisions.note("inputs", binding.how, f"forward of {type(work.model).__name__}", override)
             self.decisions.note("loss", objective.name, reason, "train.loss")
         return binding, objective
 
@@ -239,7 +251,7 @@ class Prepared:
                     where=f"{type(model).__name__}, inputs {self.binding.how}",
                     got=f"{type(error).__name__}: {error} - with {batch_text(batch)}",
                     expected="a forward that takes the batch's inputs",
-                    fix="inputs= names the keys; torchkeep inspect shows each module's shapes",
+                    fix="inputs= names the keys; tk.inspect(model, batch) shows each module's shapes",
                 ) from error
             target = self.binding.target(moved)
             schema = self.work.train.schema
@@ -352,9 +364,8 @@ class Prepared:
         metric = chosen.metric or (known[1] if len(known) > 1 else known[0])
         mode: Mode = better_mode(metric) if chosen.mode == "auto" else chosen.mode
         if chosen.metric is None:
-            self.decisions.choose(
-                "best", f"{metric} ({mode})", "the first metric on the validation split", "checkpoint.metric"
-            )
+            reason = "the first metric on the validation split" if self.metrics else "there are no metrics"
+            self.decisions.choose("best", f"{metric} ({mode})", reason, "checkpoint.metric")
         return metric, mode
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -216,9 +215,6 @@ def _json_line(value: Any) -> str:
 
 def main() -> None:
     """Run the command line; every expected error ends in one message and its exit code."""
-    # Before torch is loaded: its threads then sleep while they wait for one another instead of spinning. A core that
-    # someone else uses for a moment, the loader's own threads too, made a step of 20 ms one of 200; no bit changes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(lambda: cli.main(prog_name="torchkeep", standalone_mode=False)))
 
 

@@ -195,7 +195,9 @@ def test_a_name_that_is_taken_gets_a_number_and_resume_auto_goes_on_with_the_new
     printed = desk.say("runs").out
     assert printed.splitlines()[0].split() == ["run", "status", "attempts", "model", "best", "began"]
     assert "table-2" in printed
-    assert "no runs under nowhere" in desk.say("runs", "nowhere").out
+    said = desk.say("runs", "nowhere")
+    assert said.code == 2
+    assert "there is no such folder" in said.err
 
 
 def test_the_same_recipe_gives_the_same_bits(desk: Any) -> None:

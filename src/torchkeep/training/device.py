@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import torch
@@ -66,9 +65,6 @@ def choose_threads(settings: TrainSettings, decisions: Decisions) -> int:
         threads = int(decisions.choose("threads", now, "torch's own choice here", "train.threads"))
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    if policy and threads > 1:
-        decisions.note("waiting threads", policy.lower(), "passive ones leave a busy core to others", "OMP_WAIT_POLICY")
     return threads
 
 

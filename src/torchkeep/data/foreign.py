@@ -27,11 +27,9 @@ from torch.utils.data import Dataset, TensorDataset
 from ..chance import ChanceKey, keyed_seed
 from ..contracts import Batch, Field, KeyedDataset, Preprocess, Sample, Schema
 from ..errors import BadSampleError, DataError
-from .arrays import Arrays
+from .arrays import TARGETS, Arrays
 
 _LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
-
-TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ def _schema_of(sample: Sample) -> Schema:
 
 
 def _field_of(name: str, value: Any) -> Field:
-    target = name in TARGET_NAMES
+    target = name in TARGETS
     if isinstance(value, Tensor | np.ndarray):
         is_image = name == "image" and value.ndim == 3 and value.dtype in (torch.uint8, np.uint8)
         return Field("image" if is_image else "tensor", tuple(value.shape), is_target=target)

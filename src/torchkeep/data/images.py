@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -189,14 +190,14 @@ class Images(Dataset[Sample]):
         plain.threads = True
         return plain
 
-    def id_of(self, index: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def id_of(self, index: int) -> str: ...
 
-    def fingerprint(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def fingerprint(self) -> str: ...
 
-    def _encoded(self, index: int, where: str) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _encoded(self, index: int, where: str) -> bytes: ...
 
 
 class ImageFolder(Images):

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field as Setting
 from torch import Tensor, nn
 
-from ..contracts import Json, Schema
+from ..contracts import Schema
 from ..errors import ModelError, nearest
 from ..settings import Settings
 from ..usercode import is_reference
@@ -185,11 +185,6 @@ def _call(function: Callable[..., Any], settings: ModelSettings, sizes: dict[str
             expected="a torch.nn.Module",
         )
     return model
-
-
-def describe_arguments(settings: ModelSettings) -> Json:
-    """What a run's folder keeps of how the model was built."""
-    return {"name": settings.name, "args": settings.args}
 
 
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": Mlp}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contracts import INDEX, VALID, Batch
-from ..data.foreign import TARGET_NAMES
+from ..data.arrays import TARGETS
 from ..errors import ModelError, SettingsError, nearest
 from ..model.describe import shape_text
 
@@ -151,7 +151,7 @@ def _find_targets(batch: Batch, keys: list[str], known: Sequence[str], targets: 
         _check_keys(batch, names, "targets")
         return names
     found = [name for name in known if name in keys]
-    return found or [name for name in TARGET_NAMES if name in keys][:1]
+    return found or [name for name in TARGETS if name in keys][:1]
 
 
 def _check_keys(batch: Batch, names: Sequence[str], what: str) -> None:

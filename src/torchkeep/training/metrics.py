@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, SettingsError, nearest
-from .objective import aligned, classes_are_last
+from .objective import IGNORED, aligned, classes_are_last
 
-_IGNORED = -100
 _TOP = re.compile(r"top(\d+)")
 
 
@@ -62,7 +61,7 @@ class Accuracy(Metric):
 
     def _measure(self, output: Tensor, target: Tensor) -> Tensor:
         classes, truth = classes_of(output, target)
-        return torch.stack([(classes == truth).sum(), (truth != _IGNORED).sum()])
+        return torch.stack([(classes == truth).sum(), (truth != IGNORED).sum()])
 
 
 class TopK(Metric):
@@ -74,7 +73,7 @@ class TopK(Metric):
 
     def _measure(self, output: Tensor, target: Tensor) -> Tensor:
         best = output.topk(min(self.k, output.shape[1]), dim=1).indices
-        return torch.stack([(best == target.unsqueeze(1)).sum(), (target != _IGNORED).sum()])
+        return torch.stack([(best == target.unsqueeze(1)).sum(), (target != IGNORED).sum()])
 
 
 class ClassCounts(Metric):
@@ -86,7 +85,7 @@ class ClassCounts(Metric):
         classes, truth = classes_of(output, target)
         self._is_binary = output.ndim == target.ndim or output.shape[1] == 1
         count = 2 if self._is_binary else output.shape[1]
-        kept = truth != _IGNORED
+        kept = truth != IGNORED
         cells = (truth[kept] * count + classes[kept]).flatten()
         table = torch.zeros(count * count, dtype=torch.int64, device=output.device)
         return table.index_add_(0, cells, torch.ones_like(cells))

@@ -14,7 +14,7 @@ from ..model.describe import shape_text
 from .binding import Binding
 
 Loss = Callable[..., Tensor]
-_IGNORED = -100  # torch's own label for "no target here"
+IGNORED = -100  # torch's own label for "no target here"
 
 
 def prediction_of(output: Any) -> Any:
@@ -74,7 +74,7 @@ class Objective:
             return target.numel() // target.shape[1] if is_cross_entropy and target.ndim > 1 else batch_size
         if not is_cross_entropy and target.ndim < 2:
             return batch_size
-        kept = target != getattr(self._loss, "ignore_index", _IGNORED)
+        kept = target != getattr(self._loss, "ignore_index", IGNORED)
         weight = getattr(self._loss, "weight", None) if is_cross_entropy else None
         if weight is None:
             return kept.sum()
@@ -145,7 +145,7 @@ def _label_error(output: Any, target: Any, error: IndexError) -> Exception:
     if output.ndim < 2 or target.is_floating_point():
         return error
     count = output.shape[-1 if classes_are_last(output, target) else 1]
-    wrong = ((target >= count) | ((target < 0) & (target != _IGNORED))).reshape(len(target), -1).any(1)
+    wrong = ((target >= count) | ((target < 0) & (target != IGNORED))).reshape(len(target), -1).any(1)
     rows = wrong.nonzero().flatten().tolist()
     if not rows:
         return error

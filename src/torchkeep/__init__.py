@@ -13,12 +13,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import BestPoint, Run, evaluate, fit, inspect, open_run, predict, resume, runs, train
+    from .api import BestPoint, Run, evaluate, fit, inspect, open_run, predict, resume, runs, survey, train
     from .data.arrays import Arrays
+    from .data.audio import AudioFolder, AudioTable
+    from .data.dataset import Part
     from .data.foreign import Foreign
-    from .data.images import ImageFolder, ImageTable
+    from .data.hub import HubDataset, HubStream
+    from .data.images import IdxImages, ImageFolder, ImageTable
     from .data.loader import Loader
+    from .data.splits import split
+    from .data.streams import Stream
     from .data.tables import Table
+    from .data.text import TextBlocks, TextFolder, TextTable
     from .errors import Interrupted, PreemptedError, TorchkeepError
     from .keep.checkpoint import Checkpoints
     from .keep.generators import generator_states, set_generator_states
@@ -29,17 +35,22 @@ __version__ = "0.1.0"
 _PLACES = {
     "BestPoint": "api", "Run": "api", "evaluate": "api", "fit": "api", "inspect": "api", "open_run": "api",
     "predict": "api", "resume": "api", "runs": "api", "train": "api",
-    "Arrays": "data.arrays", "Foreign": "data.foreign", "ImageFolder": "data.images", "ImageTable": "data.images",
-    "Loader": "data.loader", "Table": "data.tables",
+    "Arrays": "data.arrays", "AudioFolder": "data.audio", "AudioTable": "data.audio", "Foreign": "data.foreign",
+    "HubDataset": "data.hub", "HubStream": "data.hub", "IdxImages": "data.images", "ImageFolder": "data.images",
+    "ImageTable": "data.images", "Loader": "data.loader", "Part": "data.dataset", "Stream": "data.streams",
+    "Table": "data.tables", "TextBlocks": "data.text", "TextFolder": "data.text", "TextTable": "data.text",
+    "split": "data.splits", "survey": "api",
     "Interrupted": "errors", "PreemptedError": "errors", "TorchkeepError": "errors",
     "Checkpoints": "keep.checkpoint", "EarlyStopping": "keep.stopping",
     "generator_states": "keep.generators", "set_generator_states": "keep.generators",
 }  # fmt: skip
 
 __all__ = [
-    "Arrays", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "ImageFolder", "ImageTable", "Interrupted",
-    "Loader", "PreemptedError", "Run", "Table", "TorchkeepError", "evaluate", "fit", "generator_states", "inspect",
-    "open_run", "predict", "resume", "runs", "set_generator_states", "train",
+    "Arrays", "AudioFolder", "AudioTable", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "HubDataset",
+    "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Part", "PreemptedError", "Run",
+    "Stream", "Table", "TextBlocks", "TextFolder", "TextTable", "TorchkeepError", "evaluate", "fit",
+    "generator_states", "inspect", "open_run", "predict", "resume", "runs", "set_generator_states", "split", "survey",
+    "train",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .contracts import Json, Schema
+from .data.dataset import whole
 from .data.foreign import as_dataset
 from .data.sources import open_data, open_source
 from .errors import CheckpointError, RunFolderError, SettingsError
@@ -446,7 +447,7 @@ def _work_of(recipe: Recipe, base: Path, load: Callable[[CodeReference], Any]) -
     splits = open_data(recipe.data, base, recipe.seed, load_reference)
     train_data = as_dataset(splits.train)
     seed_generators(recipe.seed)
-    cardinalities = getattr(splits.train, "cardinalities", ())
+    cardinalities = getattr(whole(splits.train), "cardinalities", ())
     model = build_model(recipe.model, train_data.schema, cardinalities, load_name)
     work = Work(
         recipe,
@@ -458,6 +459,7 @@ def _work_of(recipe: Recipe, base: Path, load: Callable[[CodeReference], Any]) -
         recipe.data.workers,
         recipe.data.last,
         load=load_name,
+        weights=recipe.data.weights,
         is_recipe=True,
     )
     return work, [reference.to_json() for reference in used]

@@ -25,7 +25,9 @@ Batch = dict[str, Any]
 Json = Any
 """What JSON can hold: None, bool, int, float, str, list, dict with string keys."""
 
-Kind = Literal["image", "label", "number", "vector", "text", "tensor", "object"]
+Kind = Literal[
+    "image", "mask", "audio", "tokens", "text", "number", "vector", "tensor", "label", "multilabel", "object"
+]
 
 INDEX = "index"
 VALID = "valid"
@@ -33,12 +35,19 @@ VALID = "valid"
 
 @dataclass(frozen=True)
 class Field:
-    """One key of a sample: its kind, the shape of one sample, and the classes of a label."""
+    """One key of a sample: its kind, the shape of one sample, the classes of a label, the number of different tokens.
+
+    A None in ``shape`` is an axis of several lengths. ``mean`` and ``std`` are those of a target of numbers over the
+    training data: models speak in its own units, and the loss is divided by its variance.
+    """
 
     kind: Kind
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int | None, ...] | None = None
     classes: tuple[str, ...] = ()
     is_target: bool = False
+    num_tokens: int = 0
+    mean: float = 0.0
+    std: float = 1.0
 
     @property
     def num_classes(self) -> int:
@@ -47,12 +56,16 @@ class Field:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What turns a stored image into the model's input, once, on the device: x / 255, minus mean, over std."""
+    """What turns a stored image into the model's input, once, on the device: x / 255, minus mean, over std.
+
+    Where ``bits`` is 16 the images are uint16, and it is x / 65535.
+    """
 
     image_size: int | None = None
     channels: int = 3
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
+    bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class Schema(Mapping[str, Field]):
     def from_json(data: Json) -> Schema:
         def of(row: Json) -> Field:
             shape = None if row["shape"] is None else tuple(row["shape"])
-            return Field(row["kind"], shape, tuple(row["classes"]), row["is_target"])
+            return Field(**{**row, "shape": shape, "classes": tuple(row["classes"])})
 
         seen = data["preprocess"]
         preprocess = Preprocess(**{**seen, "mean": tuple(seen["mean"]), "std": tuple(seen["std"])}) if seen else None

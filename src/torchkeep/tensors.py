@@ -166,5 +166,7 @@ def tensor_sha256(tensors: TensorTree) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        # one element may have a stride of 0, which counts as contiguous and cannot be seen as bytes
+        flat = tensor.reshape(-1) if tensor.numel() != 1 else tensor.as_strided((1,), (1,))
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

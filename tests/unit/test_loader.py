@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, RandomSampler, SequentialSampler, TensorDa
 
 import torchkeep as tk
 from torchkeep.chance import ChanceKey, epoch_order, keyed_bits, keyed_seed, keyed_uniform, weighted_positions
-from torchkeep.data import loader as loader_module
+from torchkeep.data import order as order_module
 from torchkeep.errors import BadSampleError, CheckpointError, DataError, SettingsError
 
 # --- chance
@@ -175,8 +175,8 @@ def test_seeking_costs_no_more_than_beginning(weighted: bool, monkeypatch: pytes
 
         return found
 
-    monkeypatch.setattr(loader_module, "epoch_order", counting(epoch_order))
-    monkeypatch.setattr(loader_module, "weighted_positions", counting(weighted_positions))
+    monkeypatch.setattr(order_module, "epoch_order", counting(epoch_order))
+    monkeypatch.setattr(order_module, "weighted_positions", counting(weighted_positions))
     chosen = {"weights": np.ones(10_000_000)} if weighted else {"shuffle": True}
     loader = tk.Loader(Huge(), 32, workers=0, **chosen)
     loader.load_state_dict({**loader.state_dict(), "epoch": 4, "delivered": 300_000})

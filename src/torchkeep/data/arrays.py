@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,7 @@ from torch.utils.data import Dataset
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Kind, Preprocess, Sample, Schema
 from ..errors import DataError
-
-TARGETS = ("label", "target", "labels", "targets", "y")
+from .samples import TARGETS
 
 _CAST = {
     torch.float64: torch.float32,
@@ -88,6 +89,25 @@ class Arrays(Dataset[Sample]):
         """Class of each sample, (N,) int64; None where there is no label."""
         name = next((name for name, field in self.schema.items() if field.kind == "label"), None)
         return None if name is None else np.asarray(self.columns[name].numpy())
+
+
+def open_arrays(path: Path) -> Arrays:
+    """A .npz file's arrays, or the .npy files beside one of them, by name; .npy files are mapped, not read.
+
+    ``data/image.npy`` comes with ``data/label.npy`` and every other .npy of that folder.
+    Raises:  DataError for a file that is no array, holds objects, or columns that do not fit together
+    """
+    try:
+        if path.suffix.lower() == ".npz":
+            with np.load(path, allow_pickle=False) as held:
+                return Arrays(**{name: held[name] for name in held.files})
+        beside = sorted(path.parent.glob("*.npy"))
+        return Arrays(**{found.stem: np.load(found, mmap_mode="r", allow_pickle=False) for found in beside})
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(
+            "these arrays cannot be read", where=path, got=said, expected="a .npz or .npy of numbers, without objects"
+        ) from None
 
 
 def bytes_of(column: Tensor) -> memoryview:
@@ -192,6 +212,6 @@ def _preprocess_of(fields: dict[str, Field]) -> Preprocess | None:
     image = fields.get("image")
     if image is None or image.kind != "image" or image.shape is None:
         return None
-    channels, height, width = image.shape
+    channels, height, width = (size or 0 for size in image.shape)
     half = (0.5,) * channels
     return Preprocess(height if height == width else None, channels, half, half)

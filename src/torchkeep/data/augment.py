@@ -1,7 +1,8 @@
-"""Augmentations of uint8 images. Every draw is a function of (seed, epoch, sample id, operation), and of nothing else.
+"""Augmentations of images before they are numbers, and of their masks with them.
 
-A sample's id is its position in the dataset. The draws of a whole batch are made as arrays, one call an operation;
-then each image takes its own row.
+Every draw is a function of (seed, epoch, sample id, operation), and of nothing else. A sample's id is its
+position in the dataset. The draws of a whole batch are made as arrays, one call an operation; then each image takes its
+own row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, from_numpy
 from ..chance import ChanceKey, keyed_generator, keyed_uniform
 from ..contracts import Sample
 from ..errors import DataError, SettingsError, nearest
-from .decode import U8, resize
+from .decode import Pixels, resize
 
 Draws = np.ndarray[Any, np.dtype[np.float64]]
 UserAugmentation = Callable[[Sample, np.random.Generator], Sample]
@@ -51,23 +52,23 @@ def crop_box(height: int, width: int, draws: Draws) -> tuple[int, int, int, int]
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def random_resized_crop(image: U8, draws: Draws, height: int, width: int) -> U8:
+def random_resized_crop(image: Pixels, draws: Draws, height: int, width: int, is_mask: bool = False) -> Pixels:
     """A random box of 8 to 100 % of the area and of ratio 3/4 to 4/3, brought to (height, width)."""
     top, left, box_height, box_width = crop_box(image.shape[0], image.shape[1], draws)
-    return resize(image[top : top + box_height, left : left + box_width], height, width)
+    return resize(image[top : top + box_height, left : left + box_width], height, width, is_mask)
 
 
-def horizontal_flip(image: U8, draws: Draws) -> U8:
+def horizontal_flip(image: Pixels, draws: Draws, is_mask: bool) -> Pixels:
     """Left and right change places for every second sample."""
     return image[:, ::-1] if draws[0] < 0.5 else image
 
 
-def vertical_flip(image: U8, draws: Draws) -> U8:
+def vertical_flip(image: Pixels, draws: Draws, is_mask: bool) -> Pixels:
     """Top and bottom change places for every second sample."""
     return image[::-1] if draws[0] < 0.5 else image
 
 
-def random_shift(image: U8, draws: Draws) -> U8:
+def random_shift(image: Pixels, draws: Draws, is_mask: bool) -> Pixels:
     """Moved by up to an eighth of each side; what comes in is the image mirrored at its edge."""
     height, width = image.shape[:2]
     rows, columns = int(height * _SHIFT_FRACTION), int(width * _SHIFT_FRACTION)
@@ -76,17 +77,19 @@ def random_shift(image: U8, draws: Draws) -> U8:
     return padded[top : top + height, left : left + width]
 
 
-def random_rotation(image: U8, draws: Draws) -> U8:
+def random_rotation(image: Pixels, draws: Draws, is_mask: bool) -> Pixels:
     """Turned about its middle by -15° to 15°; what comes in is the image mirrored at its edge."""
     height, width = image.shape[:2]
     angle = (2 * draws[0] - 1) * _ROTATION_DEGREES
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), float(angle), 1.0)
-    turned = cv2.warpAffine(np.ascontiguousarray(image), matrix, (width, height), borderMode=cv2.BORDER_REFLECT_101)
-    return np.asarray(turned, np.uint8).reshape(image.shape)
+    way = cv2.INTER_NEAREST if is_mask else cv2.INTER_LINEAR
+    source = np.ascontiguousarray(image)
+    turned = cv2.warpAffine(source, matrix, (width, height), flags=way, borderMode=cv2.BORDER_REFLECT_101)
+    return np.asarray(turned, image.dtype).reshape(image.shape)
 
 
 # name → (function, number of draws); random_resized_crop is called apart, since it sets the size
-_NAMED: dict[str, tuple[Callable[[U8, Draws], U8], int]] = {
+_NAMED: dict[str, tuple[Callable[[Pixels, Draws, bool], Pixels], int]] = {
     "horizontal_flip": (horizontal_flip, 1),
     "vertical_flip": (vertical_flip, 1),
     "random_shift": (random_shift, 2),
@@ -134,27 +137,32 @@ class Augmentations:
         counts = [_num_draws(entry) for entry in self.entries]
         return [keyed_uniform(key, name, ids, count) for name, count in zip(operations, counts, strict=True) if count]
 
-    def apply_named(self, image: U8, draws: list[Draws], row: int, height: int, width: int) -> U8:
-        """One image through every named entry. There is no callable among them."""
+    def apply_named(
+        self, image: Pixels, draws: list[Draws], row: int, size: tuple[int, int], is_mask: bool = False
+    ) -> Pixels:
+        """One image, or its mask, through every named entry. There is no callable among them."""
         for entry, drawn in zip(self.entries, draws, strict=True):
-            image = _apply(str(entry), image, drawn[row], height, width)
+            image = _apply(str(entry), image, drawn[row], size, is_mask)
         return image
 
-    def apply_all(self, sample: Sample, image: U8, key: ChanceKey, sample_id: int, size: tuple[int, int]) -> Sample:
-        """One sample through named entries and callables. ``sample`` lacks its image, which is given as pixels.
+    def apply_all(
+        self, rest: Sample, pictures: dict[str, Pixels], key: ChanceKey, sample_id: int, size: tuple[int, int]
+    ) -> Sample:
+        """One sample through named entries and callables. Its image, and its mask if any, are given as pixels.
 
-        Raises:  DataError where a callable returns something else than a sample with a uint8 image
+        Raises:  DataError where a callable returns something else than a sample with such an image
         """
         drawn = iter(self.draw(key, np.array([sample_id])))
         for position, entry in enumerate(self.entries):
             if isinstance(entry, str):
-                image = _apply(entry, image, next(drawn)[0], *size)
+                draws = next(drawn)[0]
+                pictures = {name: _apply(entry, held, draws, size, name == "mask") for name, held in pictures.items()}
                 continue
             rng = keyed_generator(key, self._operation(position), sample_id)
-            sample = entry({"image": to_tensor(image), **sample}, rng)
-            image = _pixels_of(sample, entry)
-            sample = {name: value for name, value in sample.items() if name != "image"}
-        return {"image": to_tensor(image), **sample}
+            sample = entry({name: to_tensor(held) for name, held in pictures.items()} | rest, rng)
+            pictures = {name: _pixels_of(sample, name, held.dtype, entry) for name, held in pictures.items()}
+            rest = {name: value for name, value in sample.items() if name not in pictures}
+        return {name: to_tensor(held) for name, held in pictures.items()} | rest
 
     def _operation(self, position: int) -> str:
         # a second flip must not undo the first; two entries of one kind draw apart, other entries change nothing
@@ -170,26 +178,26 @@ def _num_draws(entry: Augmentation) -> int:
     return 2 * _CROP_TRIES + 2 if entry == _CROP else _NAMED[entry][1]
 
 
-def _apply(name: str, image: U8, draws: Draws, height: int, width: int) -> U8:
+def _apply(name: str, image: Pixels, draws: Draws, size: tuple[int, int], is_mask: bool) -> Pixels:
     if name == _CROP:
-        return random_resized_crop(image, draws, height, width)
-    return _NAMED[name][0](image, draws)
+        return random_resized_crop(image, draws, *size, is_mask)
+    return _NAMED[name][0](image, draws, is_mask)
 
 
-def to_tensor(image: U8) -> Tensor:
+def to_tensor(image: Pixels) -> Tensor:
     """The same memory seen as a tensor. Shapes: (H, W, C) → (C, H, W)."""
     return from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
 
 
-def _pixels_of(sample: Any, entry: UserAugmentation) -> U8:
-    image = sample.get("image") if isinstance(sample, dict) else None
-    pixels: Any = image.numpy() if isinstance(image, Tensor) else image
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3:
+def _pixels_of(sample: Any, name: str, kind: Any, entry: UserAugmentation) -> Pixels:
+    picture = sample.get(name) if isinstance(sample, dict) else None
+    pixels: Any = picture.numpy() if isinstance(picture, Tensor) else picture
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != kind or pixels.ndim != 3:
         is_array = isinstance(pixels, np.ndarray)
         raise DataError(
             "an augmentation returns something else than a sample",
             where=getattr(entry, "__qualname__", repr(entry)),
-            got=f"an image of {pixels.dtype} {pixels.shape}" if is_array else type(sample).__name__,
-            expected='a dict whose "image" is uint8 (C, H, W); it is normalised later, on the device',
+            got=f"{name!r} of {pixels.dtype} {pixels.shape}" if is_array else type(sample).__name__,
+            expected=f"a dict whose {name!r} is {kind} (C, H, W); it is normalised later, on the device",
         )
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from io import BytesIO
 from typing import Any
 
@@ -14,8 +15,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import BadSampleError
 
 U8 = np.ndarray[Any, np.dtype[np.uint8]]
+Pixels = np.ndarray[Any, Any]
+"""uint8, or uint16 where 16 bits are kept."""
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte of RGB
+IGNORED_PIXEL = 255  # in a mask: the value of "no class", as PASCAL VOC has it
 
 _JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
 _EXIF_SEARCH_BYTES = 1 << 16
 _ORIENTATION_TAG = 0x0112
 
@@ -24,16 +31,17 @@ cv2.setNumThreads(0)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
-def decode_image(data: bytes, name: str, channels: int = 3) -> U8:
-    """Pixels as a viewer shows them: orientation applied, 16 bits scaled to 8, transparency dropped.
+def decode_image(data: bytes, name: str, channels: int = 3, bits: int = 8) -> Pixels:
+    """Pixels as a viewer shows them: orientation applied, transparency dropped, 16 bits scaled to 8 or 8 to 16.
 
-    Shapes:  (H, W, 3) RGB, or (H, W, 1) grey where ``channels`` is 1; uint8
-    Raises:  BadSampleError where the bytes are no whole image; ``name`` says which
+    Shapes:  (H, W, 3) RGB, or (H, W, 1) grey where ``channels`` is 1; uint8, or uint16 where ``bits`` is 16
+    Raises:  BadSampleError where the bytes are no whole image, or one of more than MAX_PIXELS; ``name`` says which
     """
     try:
+        _check_size(data)
         if data[:3] == _JPEG:
-            return _decode_jpeg(data, channels)
-        return _decode_other(data, channels)
+            return _in_bits(_decode_jpeg(data, channels), bits)
+        return _decode_other(data, channels, bits)
     # a decoder may fail in any way on damaged bytes (SyntaxError, struct.error, cv2.error …)
     except Exception as error:
         raise BadSampleError(
@@ -43,6 +51,42 @@ def decode_image(data: bytes, name: str, channels: int = 3) -> U8:
             expected="a complete JPEG, PNG, WebP, BMP, GIF or TIFF",
             fix="mend or remove this image and start a new run: other data make another run",
         ) from None
+
+
+def decode_mask(data: bytes, name: str) -> U8:
+    """The class number of each pixel: palettes and greys as they are stored, 255 for no class.
+
+    Shapes:  (H, W, 1) uint8
+    Raises:  BadSampleError where the bytes are no whole image of one number for each pixel
+    """
+    try:
+        _check_size(data)
+        with Image.open(BytesIO(data)) as opened:
+            if opened.mode not in ("1", "L", "P"):
+                raise ValueError(f"an image of mode {opened.mode}")
+            return np.array(opened).astype(np.uint8)[..., None]
+    except Exception as error:
+        raise BadSampleError(
+            "this mask cannot be decoded",
+            where=name,
+            got=_describe(data, error),
+            expected="a PNG of one class number from 0 to 255 for each pixel (grey or palette)",
+        ) from None
+
+
+def _check_size(data: bytes) -> None:
+    """What the header says, before anything is allocated."""
+    if data[:3] == _JPEG:
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    elif data[:8] == _PNG and len(data) >= 24:
+        width, height = struct.unpack_from(">II", data, 16)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(data)) as opened:
+                width, height = opened.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width:,} × {height:,} pixels, where the limit is {MAX_PIXELS:,} pixels")
 
 
 def _describe(data: bytes, error: Exception) -> str:
@@ -70,39 +114,41 @@ def _is_damage(said: str) -> bool:
     return "remature end" in said or ("Corrupt JPEG" in said and "extraneous" not in said)
 
 
-def _decode_other(data: bytes, channels: int) -> U8:
-    is_png = data[:8] == b"\x89PNG\r\n\x1a\n"
+def _decode_other(data: bytes, channels: int, bits: int) -> Pixels:
+    is_png = data[:8] == _PNG
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     if (is_png and b"eXIf" not in data[:_EXIF_SEARCH_BYTES]) or (is_webp and b"EXIF" not in data):
         stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if stored is not None:
-            return _in_channels(_in_8_bits(np.asarray(stored)), channels)
-    return _decode_by_pillow(data, channels)
+            return _in_channels(_in_bits(np.asarray(stored), bits), channels)
+    return _decode_by_pillow(data, channels, bits)
 
 
-def _decode_by_pillow(data: bytes, channels: int) -> U8:
+def _decode_by_pillow(data: bytes, channels: int, bits: int = 8) -> Pixels:
     with Image.open(BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode == "F":
             raise ValueError("pixels in floating point, whose range is not stated")
         if image.mode.startswith("I"):
-            return _in_channels(_in_8_bits(np.array(image).astype(np.uint16)), channels)
+            return _in_channels(_in_bits(np.array(image).astype(np.uint16), bits), channels)
         if "transparency" in image.info:
             image = image.convert("RGBA")
         pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return _in_bits(pixels.reshape(*pixels.shape[:2], channels), bits)
 
 
-def _in_8_bits(stored: np.ndarray[Any, Any]) -> U8:
-    if stored.dtype == np.uint8:
-        return stored
-    if stored.dtype != np.uint16:
+def _in_bits(stored: Pixels, bits: int) -> Pixels:
+    if stored.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"pixels of type {stored.dtype}")
+    if stored.dtype.itemsize * 8 == bits:
+        return stored
+    if bits == 16:
+        return stored.astype(np.uint16) * 257
     # 257 = 65535 / 255; half of it rounds to the nearest
     return ((stored.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _in_channels(stored: U8, channels: int) -> U8:
+def _in_channels(stored: Pixels, channels: int) -> Pixels:
     """OpenCV's grey, BGR or BGRA as RGB or grey."""
     depth = 1 if stored.ndim == 2 else stored.shape[2]
     if depth not in (1, 3, 4):
@@ -113,7 +159,7 @@ def _in_channels(stored: U8, channels: int) -> U8:
         converted = cv2.cvtColor(stored, cv2.COLOR_BGR2GRAY if depth == 3 else cv2.COLOR_BGRA2GRAY)
     else:
         converted = cv2.cvtColor(stored, cv2.COLOR_GRAY2RGB if depth == 1 else cv2.COLOR_BGRA2RGB)
-    pixels: U8 = np.asarray(converted, np.uint8)
+    pixels: Pixels = np.asarray(converted)
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -147,8 +193,8 @@ def _oriented(image: U8, orientation: int) -> U8:
     return np.ascontiguousarray(image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
 
 
-def resize(image: U8, height: int, width: int) -> U8:
-    """The image at another size; the same array where it has that size.
+def resize(image: Pixels, height: int, width: int, is_mask: bool = False) -> Pixels:
+    """The image at another size; the same array where it has that size. A mask takes its nearest pixels.
 
     Averaging over areas costs 3.7 times as much as bilinear reading, so it is kept for where aliasing would show:
     from half the size down.
@@ -158,11 +204,12 @@ def resize(image: U8, height: int, width: int) -> U8:
     if image.shape[:2] == (height, width):
         return image
     shrinks = image.shape[0] >= 2 * height and image.shape[1] >= 2 * width
-    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return np.asarray(resized, np.uint8).reshape(height, width, image.shape[2])
+    way = cv2.INTER_NEAREST_EXACT if is_mask else cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized = cv2.resize(image, (width, height), interpolation=way)
+    return np.asarray(resized, image.dtype).reshape(height, width, image.shape[2])
 
 
-def resize_short_side_and_center_crop(image: U8, size: int) -> U8:
+def resize_short_side_and_center_crop(image: Pixels, size: int, is_mask: bool = False) -> Pixels:
     """The middle square at ``size``; the same array where the image already has that size.
 
     Shapes:  (H, W, C) → (size, size, C)
@@ -171,4 +218,4 @@ def resize_short_side_and_center_crop(image: U8, size: int) -> U8:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     # cropping first gives the same picture for less work
-    return resize(image[top : top + side, left : left + side], size, size)
+    return resize(image[top : top + side, left : left + side], size, size, is_mask)

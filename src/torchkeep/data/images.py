@@ -1,88 +1,87 @@
-"""Images in class folders, or named or held by a table: decoded when a sample is needed, never before."""
+"""Images in class folders, in tables or in idx files: decoded when a sample is needed, never before."""
 
 from __future__ import annotations
 
 import copy
-import os
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import gzip
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import orjson
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import xxhash
-from torch.utils.data import Dataset
 
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
-from ..errors import BadSampleError, DataError, nearest
+from ..errors import BadSampleError, DataError
 from .augment import Augmentation, Augmentations, check_augmentations
-from .decode import U8, decode_image, resize_short_side_and_center_crop
-from .tables import number_words, read_frame, require_column
-
-Indices = np.ndarray[Any, np.dtype[np.int64]]
+from .blobs import Blobs, Cells, FrameRows, ListedFiles, folder_of, read_file
+from .dataset import Indices, KeyedData, target_of, whole_of
+from .decode import (
+    IGNORED_PIXEL,
+    Pixels,
+    decode_image,
+    decode_mask,
+    resize_short_side_and_center_crop,
+)
+from .frames import Form, Source, read_frame, where_of
+from .index import Layout, Listing, bytes_of_array, list_folder
+from .labels import Labels, labels_of_classes, labels_of_column
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IGNORED_CLASS = -100  # torch's own label for "no target here"
 
-_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 _SIZE_TRIES = 16
+_BYTES_IDX = 0x08
+_MOST_DEFLATED = 1032  # deflate makes nothing smaller than by this: what says more is damaged, or a bomb
 
 
-class Names:
-    """Many texts as one blob and int64 offsets: workers that fork share it, since no Python object is counted."""
+class Images(KeyedData):
+    """What the sources of images share. ``blobs`` are the encoded images, ``masks`` those of segmentation.
 
-    def __init__(self, names: Sequence[str]):
-        encoded = [os.fsencode(name) for name in names]
-        self.blob = b"".join(encoded)
-        self.offsets = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)])
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self.raw(index))
-
-    def raw(self, index: int) -> bytes:
-        return self.blob[self.offsets[index] : self.offsets[index + 1]]
-
-
-class Images(Dataset[Sample]):
-    """What the two sources of images share. They say how a sample's bytes are found and what it is called."""
+    Options that all of them take: ``image_size``, the side of the square images (without it all must have one size);
+    ``channels`` 3 or 1; ``bits`` 8, or 16 to keep more; ``augment``; ``mean`` and ``std`` of each channel in units
+    where white is 1; ``like``, a dataset whose classes, size and statistics are taken over.
+    """
 
     threads = True  # decoding and resizing release the GIL
-    where: str
-    labels: Indices
     image_size: int | None
     size: tuple[int, int]  # height and width of every image that leaves here
-    schema: Schema
 
-    def _prepare(
+    def __init__(
         self,
-        classes: Sequence[str],
-        image_size: int | None,
-        channels: int | None,
-        augment: Sequence[Augmentation],
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        like: Any,
-    ) -> None:
+        blobs: Blobs,
+        labels: Labels | None,
+        where: str,
+        *,
+        image_size: int | None = None,
+        channels: int | None = None,
+        bits: Literal[8, 16] | None = None,
+        augment: Sequence[Augmentation] = (),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        like: Any = None,
+        masks: Blobs | None = None,
+        mask_classes: Sequence[str] = (),
+    ):
+        known = whole_of(like, Images, "a dataset of images", where)
+        self.blobs, self._labels, self.where, self._masks = blobs, labels, where, masks
         self.augmentations = Augmentations(check_augmentations(augment))
         # a callable of the user's may hold the GIL, or may not bear several threads
         self.threads = not self.augmentations.has_callable
-        known = _images_of(like, self.where)
-        known_preprocess = known.schema.preprocess if known else None
-        self.channels = channels or (known_preprocess.channels if known_preprocess else 3)
+        before = known.schema.preprocess if known else None
+        self.channels = channels or (before.channels if before else 3)
+        self.bits = bits or (before.bits if before else 8)
         self.image_size = image_size or (known.image_size if known else None)
         if self.image_size:
             self.size = (self.image_size, self.image_size)
         else:
             self.size = known.size if known else self._first_size()
-        self.schema = _schema(classes, self.size, self._preprocess(mean, std, known_preprocess))
+        preprocess = self._preprocess(mean, std, before)
+        names = tuple(mask_classes) or (known.schema["mask"].classes if known and "mask" in known.schema else ())
+        self.schema = self._schema_with(preprocess, names)
 
     def _preprocess(
         self, mean: Sequence[float] | None, std: Sequence[float] | None, known: Preprocess | None
@@ -92,74 +91,118 @@ class Images(Dataset[Sample]):
         return Preprocess(
             image_size=height if height == width else None,
             channels=self.channels,
+            bits=self.bits,
             mean=_per_channel("mean", mean, kept.mean if kept else None, self.channels),
             std=_per_channel("std", std, kept.std if kept else None, self.channels),
         )
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def _schema_with(self, preprocess: Preprocess, mask_classes: tuple[str, ...]) -> Schema:
+        fields = {"image": Field("image", (preprocess.channels, *self.size))}
+        if self._labels is not None:
+            fields[self._labels.key] = self._labels.field
+        if self._masks is not None:
+            if not mask_classes:
+                raise DataError(
+                    "the classes of the masks are not named",
+                    where=self.where,
+                    expected="a name for each class number, beginning with 0",
+                    fix='mask_classes = ["background", "thing"]',
+                )
+            fields["mask"] = Field("mask", self.size, mask_classes, is_target=True)
+        return Schema({**fields, "id": Field("object")}, preprocess)
 
-    def __getitem__(self, index: int) -> Sample:
-        """The sample under the chance of seed 0, epoch 0; torchkeep's Loader draws anew in each epoch."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return self.read(index % len(self), ChanceKey())
+    def __len__(self) -> int:
+        return len(self.blobs)
 
     def read(self, index: int, key: ChanceKey) -> Sample:
-        """One sample: {"image": uint8 (C, H, W), "label": int, "id": str}.
+        """One sample: {"image": uint8 or uint16 (C, H, W), "label": …, "mask": int64 (H, W), "id": str}.
 
         Raises:  BadSampleError where the image cannot be decoded, or is of another size and ``image_size`` is not set
         """
-        image = self._sized(index, key)
-        rest = {"label": int(self.labels[index]), "id": self.id_of(index)}
-        sample = self.augmentations.apply_all(rest, image, key, index, self.size)
+        rest = {} if self._labels is None else {self._labels.key: self._labels.of(index)}
+        pictures = self._pictures(index, key)
+        sample = self.augmentations.apply_all(rest | {"id": self.id_of(index)}, pictures, key, index, self.size)
         self._check_augmented(sample["image"].shape[1:], index)
+        if "mask" in pictures:
+            sample["mask"] = torch.from_numpy(self._classes_of(sample["mask"].numpy()[0], index))
         return sample
 
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
         """A batch written in place; None where a user's callable may add keys, so that samples are read one by one.
 
-        Shapes:  indices (B,) → "image" uint8 (B, C, H, W), channels last in memory; "label" int64 (B,)
+        Shapes:  indices (B,) → "image" (B, C, H, W), channels last in memory; "label" (B,); "mask" int64 (B, H, W)
         Raises:  BadSampleError as ``read`` does
         """
         if self.augmentations.has_callable:
             return None
-        height, width = self.size
-        images = np.empty((len(indices), height, width, self.channels), np.uint8)
+        kind = np.uint16 if self.bits == 16 else np.uint8
+        images = np.empty((len(indices), *self.size, self.channels), kind)
+        masks = np.empty((len(indices), *self.size), np.int64) if self._masks is not None else None
         draws = self.augmentations.draw(key, indices)
         for row, index in enumerate(indices.tolist()):
-            images[row] = self.augmentations.apply_named(self._sized(index, key), draws, row, height, width)
-        return {
-            "image": torch.from_numpy(images).permute(0, 3, 1, 2),
-            "label": torch.from_numpy(self.labels[indices]),
-        }
+            pictures = self._pictures(index, key)
+            images[row] = self.augmentations.apply_named(pictures["image"], draws, row, self.size)
+            if masks is not None:
+                moved = self.augmentations.apply_named(pictures["mask"], draws, row, self.size, is_mask=True)
+                masks[row] = self._classes_of(moved[..., 0], index)
+        batch: Batch = {"image": torch.from_numpy(images).permute(0, 3, 1, 2)}
+        if self._labels is not None:
+            batch[self._labels.key] = self._labels.batch(indices)
+        return batch if masks is None else batch | {"mask": torch.from_numpy(masks)}
 
-    def decoded(self, index: int, where: str = "") -> U8:
+    def decoded(self, index: int, where: str = "") -> Pixels:
         """The stored image, (H, W, C), before any resizing.
 
         Raises:  BadSampleError where it cannot be decoded
         """
-        where = where or f"{self.where}: {self.id_of(index)} (sample {index})"
-        return decode_image(self._encoded(index, where), where, self.channels)
+        where = where or self._where(index)
+        return decode_image(self.blobs.read(index, where), where, self.channels, self.bits)
 
-    def _sized(self, index: int, key: ChanceKey) -> U8:
-        where = f"{self.where}: {self.id_of(index)} (sample {index}, epoch {key.epoch + 1})"
-        image = self.decoded(index, where)
+    def _where(self, index: int, key: ChanceKey | None = None) -> str:
+        epoch = f", epoch {key.epoch + 1}" if key is not None else ""
+        return f"{self.where}: {self.id_of(index)} (sample {index}{epoch})"
+
+    def _pictures(self, index: int, key: ChanceKey) -> dict[str, Pixels]:
+        """The image, and its mask where there is one, at their size but for what augmentation sets."""
+        where = self._where(index, key)
+        pictures = {"image": self.decoded(index, where)}
+        if self._masks is not None:
+            pictures["mask"] = decode_mask(self._masks.read(index, where), f"{where}, its mask")
+            self._check_size(pictures["mask"], pictures["image"].shape[:2], f"{where}, its mask", "mask_size")
         if self.image_size is None:
-            self._check_size(image, where)
+            self._check_size(pictures["image"], self.size, where, "image_size")
         elif not self.augmentations.sets_size:
-            image = resize_short_side_and_center_crop(image, self.image_size)
-        return image
+            pictures = {
+                name: resize_short_side_and_center_crop(held, self.image_size, name == "mask")
+                for name, held in pictures.items()
+            }
+        return pictures
 
-    def _check_size(self, image: U8, where: str) -> None:
-        if image.shape[:2] != self.size:
+    def _check_size(self, image: Pixels, size: tuple[int, ...], where: str, setting: str) -> None:
+        if image.shape[:2] != size:
+            is_image = setting == "image_size"
             raise BadSampleError(
-                "this image is of another size than the others",
+                "this image is of another size than the others" if is_image else "a mask is of another size",
                 where=where,
                 got=f"{image.shape[1]} × {image.shape[0]} pixels",
-                expected=f"{self.size[1]} × {self.size[0]} pixels",
-                fix="image_size = 224 brings all images to one size",
+                expected=f"{size[1]} × {size[0]} pixels" + ("" if is_image else ", as its image"),
+                fix="image_size = 224 brings all images to one size" if is_image else "",
             )
+
+    def _classes_of(self, mask: Pixels, index: int) -> np.ndarray[Any, Any]:
+        """Shapes:  (H, W) uint8 → (H, W) int64, IGNORED_CLASS where the mask says 255"""
+        classes = mask.astype(np.int64)
+        classes[classes == IGNORED_PIXEL] = IGNORED_CLASS
+        count = self.schema["mask"].num_classes
+        if classes.max(initial=0) >= count:
+            raise BadSampleError(
+                "a mask holds a class that has no name",
+                where=f"{self._where(index)}, its mask",
+                got=f"class {classes.max()}",
+                expected=f"0 to {count - 1}, or 255 for no class",
+                fix="name all classes in mask_classes",
+            )
+        return classes
 
     def _check_augmented(self, shape: Sequence[int], index: int) -> None:
         if tuple(shape) != self.size:
@@ -190,22 +233,30 @@ class Images(Dataset[Sample]):
         plain.threads = True
         return plain
 
-    @abstractmethod
-    def id_of(self, index: int) -> str: ...
+    def id_of(self, index: int) -> str:
+        return self.blobs.id_of(index)
 
-    @abstractmethod
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """xxh3 of the images' names, sizes or bytes, of the masks', and of the labels."""
+        digest = xxhash.xxh3_128()
+        for part in (self.blobs, self._masks, self._labels):
+            if part is not None:
+                part.absorb(digest)
+        return str(digest.hexdigest())
 
-    @abstractmethod
-    def _encoded(self, index: int, where: str) -> bytes: ...
+    @property
+    def labels(self) -> Indices | None:
+        """Class of each sample, (N,) int64; None where there is not one for each."""
+        return self._labels.classes if self._labels is not None else None
 
 
 class ImageFolder(Images):
     """``root/CLASS/any/where/name.jpg``: the classes are the folders that hold images, in sorted order.
 
-    Hidden files and files of other kinds are passed over. A sample's id is its name relative to ``root``. With
-    ``image_size=None`` all images must have one size. ``like`` takes over another dataset's classes, and its channels,
-    size, mean and std where they are not given.
+    Hidden files and files of other kinds are passed over; a link that leads out of ``root`` is an error unless
+    ``follow_links``. A sample's id is its name relative to ``root``. With ``label_pattern``, a regular expression, the
+    class is its group "label" in each name. With ``masks``, a folder of PNG masks of the same names, the target is the
+    mask, and there are no classes but ``mask_classes``. Further options are those of ``Images``.
 
     Raises:  DataError for a missing or empty root, no class folders, a class that ``like`` does not know
     """
@@ -214,161 +265,175 @@ class ImageFolder(Images):
         self,
         root: str | Path,
         *,
-        image_size: int | None = None,
-        channels: int | None = None,
-        augment: Sequence[Augmentation] = (),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        like: Any = None,
+        label_pattern: str | None = None,
+        follow_links: bool = False,
+        masks: str | Path | None = None,
+        **options: Any,
     ):
         self.root = Path(root)
-        self.where = str(root)
-        names = _scan(self.root)
-        found = sorted({name.split("/", 1)[0] for name in names})
-        known = _images_of(like, self.where)
-        classes = known.schema["label"].classes if known else tuple(found)
-        _check_classes(found, classes, self.where)
-        number_of = {name: number for number, name in enumerate(classes)}
-        self.names = Names(names)
-        self.labels = np.array([number_of[name.split("/", 1)[0]] for name in names], np.int64)
-        self._prepare(classes, image_size, channels, augment, mean, std, like)
+        layout = Layout(IMAGE_SUFFIXES, "images", masks is None, label_pattern, follow_links)
+        self.listing = list_folder(self.root, layout)
+        known = whole_of(options.get("like"), Images, "a dataset of images", str(root))
+        labels = None
+        if masks is None:
+            labels = labels_of_classes(self.listing.labels, self.listing.classes, target_of(known), str(root))
+        else:
+            options["masks"] = _MasksOf(self.listing, Path(masks))
+        super().__init__(ListedFiles(self.listing), labels, str(root), **options)
 
-    def id_of(self, index: int) -> str:
-        """The name relative to the root, with "/" between its parts on every system."""
-        return self.names.raw(index).decode("utf-8", "backslashreplace")
-
-    def fingerprint(self) -> str:
-        """xxh3 of the sorted relative names, the sizes of the files, and the labels."""
-        sizes = [self._size_bytes(index) for index in range(len(self))]
-        digest = xxhash.xxh3_128(self.names.blob)
-        for numbers in (self.names.offsets, np.array(sizes, np.int64), self.labels):
-            digest.update(numbers.tobytes())
-        digest.update("\0".join(self.schema["label"].classes).encode("utf-8", "surrogateescape"))
-        return str(digest.hexdigest())
-
-    def _size_bytes(self, index: int) -> int:
-        try:
-            return os.stat(self.root / self.names[index]).st_size
-        except OSError:
-            return -1  # gone since the folder was listed: other data
-
-    def _encoded(self, index: int, where: str) -> bytes:
-        return read_image_file(self.root / self.names[index], where)
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """What a group of ``label_pattern`` finds in each name, (N,) texts."""
+        return self.listing.column(name)
 
 
-class ImageTable(Images):
-    """A CSV or Parquet file whose ``image`` column holds encoded images or names of files, and ``label`` their class.
+class ImageTable(FrameRows, Images):
+    """A table whose ``image`` column holds encoded images or names of files, and ``label`` what is to be predicted.
 
-    An image is bytes, a struct {bytes, path} as Hugging Face writes it, or a name relative to the table's folder.
-    Labels are texts or whole numbers; their names are read from a Hugging Face file's description where it has one.
+    An image is bytes, a struct {bytes, path} as Hugging Face writes it, or a name relative to ``root``, which is the
+    table's folder where nothing is said. Labels are texts or whole numbers (classes), lists or texts with a
+    ``separator`` (several classes each), or floats (numbers); None for none. ``mask`` names a column of masks.
 
     Raises:  DataError for a missing table or column, a row without a label, a class that ``like`` does not know
     """
 
     def __init__(
         self,
-        path: str | Path,
+        source: Source,
         *,
         image: str = "image",
-        label: str = "label",
-        image_size: int | None = None,
-        channels: int | None = None,
-        augment: Sequence[Augmentation] = (),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        like: Any = None,
+        label: str | None = "label",
+        mask: str | None = None,
+        id: str | None = None,
+        root: str | Path | None = None,
+        separator: str | None = None,
+        form: Form | None = None,
+        identity: str = "",
+        **options: Any,
     ):
-        self.path = Path(path)
-        self.where = str(path)
-        frame = read_frame(self.path)
-        column = require_column(frame, image, self.where, "image")
-        self._bytes, paths = _image_cells(column, f"{self.where}: column {image!r}")
-        self._paths = Names([name or "" for name in paths]) if paths is not None else None
-        texts = _label_texts(frame, label, self.where)
-        known = _images_of(like, self.where)
-        classes = known.schema["label"].classes if known else _classes_in_order(texts, frame, label)
-        _check_classes(pc.unique(texts).to_pylist(), classes, f"{self.where}: column {label!r}")
-        self.labels = number_words(texts, classes)
-        self._prepare(classes, image_size, channels, augment, mean, std, like)
+        where, folder = where_of(source), folder_of(source, root)
+        frame = read_frame(source, form or Form())
+        known = whole_of(options.get("like"), Images, "a dataset of images", where)
+        blobs = Cells(frame, image, folder, where, identity=identity)
+        labels = None
+        if mask is not None:
+            options["masks"] = Cells(frame, mask, folder, where, "masks", identity)
+        if label is not None and mask is None:
+            labels = labels_of_column(frame, label, where, target_of(known), separator)
+        self._keep(frame, [image, mask or image], id, where)
+        super().__init__(blobs, labels, where, **options)
+
+
+class IdxImages(Images):
+    """Images of one size in an idx file (LeCun's format, also .gz), held in memory; labels in the file beside it.
+
+    The labels' file is found by name: train-images-idx3-ubyte.gz → train-labels-idx1-ubyte.gz.
+    Raises:  DataError for a file that is missing, cut, or of another form
+    """
+
+    def __init__(self, path: str | Path, labels: str | Path | None = None, **options: Any):
+        path = Path(path)
+        numbers = read_idx(path)
+        if numbers.ndim != 3:
+            raise DataError(
+                "this idx file holds no images", where=path, got=f"shape {numbers.shape}", expected="(N, H, W)"
+            )
+        beside = Path(labels) if labels is not None else _labels_beside(path)
+        values = read_idx(beside) if beside is not None else None
+        if values is not None and values.shape != numbers.shape[:1]:
+            raise DataError(
+                "images and labels are not as many", where=beside, got=f"{values.shape}", expected=f"({len(numbers)},)"
+            )
+        self.pixels = numbers[..., None]
+        known = whole_of(options.get("like"), Images, "a dataset of images", str(path))
+        held = None
+        if values is not None:
+            classes = [str(number) for number in range(int(values.max(initial=0)) + 1)]
+            held = labels_of_classes(values, classes, target_of(known), str(beside))
+        options["channels"] = options.get("channels") or 1
+        super().__init__(_Rows(self.pixels), held, str(path), **options)
+        self.threads = self.threads and bool(self.augmentations.entries)
+
+    def decoded(self, index: int, where: str = "") -> Pixels:
+        return np.repeat(self.pixels[index], self.channels, axis=2) if self.channels > 1 else self.pixels[index]
+
+    def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
+        """One gather where nothing is changed on the way."""
+        if self.augmentations.entries or self.image_size is not None or self.channels > 1:
+            return super().read_batch(indices, key)
+        batch: Batch = {"image": torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2)}
+        return batch if self._labels is None else batch | {self._labels.key: self._labels.batch(indices)}
+
+
+class _Rows:
+    """Pixels in memory, where encoded ones stand elsewhere."""
+
+    def __init__(self, pixels: Pixels):
+        self._pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def read(self, index: int, where: str) -> bytes:
+        return bytes_of_array(self._pixels[index]).tobytes()
 
     def id_of(self, index: int) -> str:
-        """The image's path where the table has one, else the row, counted from 0."""
-        path = self._paths.raw(index).decode("utf-8", "backslashreplace") if self._paths else ""
-        return path or f"row {index}"
+        return str(index)
 
-    def fingerprint(self) -> str:
-        """xxh3 of the images' bytes or names, and of the labels."""
-        digest = xxhash.xxh3_128(self.labels.tobytes())
-        if self._bytes is not None:
-            for cell in self._bytes:
-                digest.update(cell.as_buffer() or b"" if cell.is_valid else b"")
-                digest.update(b"|")
-        if self._paths is not None:
-            digest.update(self._paths.blob)
-            digest.update(self._paths.offsets.tobytes())
-        digest.update("\0".join(self.schema["label"].classes).encode())
-        return str(digest.hexdigest())
-
-    def _encoded(self, index: int, where: str) -> bytes:
-        held = self._bytes[index].as_py() if self._bytes is not None else None
-        if held is not None:
-            return bytes(held)
-        if self._paths is not None and self._paths.raw(index):
-            return read_image_file(self.path.parent / self._paths[index], where)
-        raise BadSampleError(
-            "this row has no image", where=where, got="an empty cell", expected="an image's bytes or a file's name"
-        )
+    def absorb(self, digest: Any) -> None:
+        digest.update(bytes_of_array(self._pixels))
 
 
-def encoded_images(path: Path, image: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """The name of each image of a table that need not have labels, and what reads its bytes.
+class _MasksOf:
+    """For each image of a listing the mask of the same name, ending in .png, in another folder."""
 
-    Raises:  DataError for a missing column or one that holds no images; reading raises BadSampleError
-    """
-    column = require_column(read_frame(path), image, path, "data.image")
-    held, paths = _image_cells(column, f"{path}: column {image!r}")
-    for row in range(len(column)):
-        name = (paths[row] if paths is not None else None) or f"{path}, row {row}"
-        data = held[row].as_py() if held is not None else None
-        if data is None and paths is not None and paths[row]:
-            yield name, partial(read_image_file, path.parent / str(paths[row]), name)
-        else:
-            yield name, partial(bytes, data or b"")
+    def __init__(self, listing: Listing, root: Path):
+        self._masks = list_folder(root, Layout((".png",), "masks", has_classes=False))
+        self._files, self._root = ListedFiles(listing), root
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, index: int, where: str) -> bytes:
+        name = Path(self._files.listing.names[index]).with_suffix(".png")
+        return read_file(self._root / name, f"{where}, its mask")
+
+    def id_of(self, index: int) -> str:
+        return self._files.id_of(index)
+
+    def absorb(self, digest: Any) -> None:
+        digest.update(self._masks.fingerprint().encode())
 
 
-def read_image_file(path: Path, where: str) -> bytes:
-    """The bytes of an image file.
+def read_idx(path: Path) -> np.ndarray[Any, Any]:
+    """An idx file of bytes as an array.
 
-    Raises:  BadSampleError where it cannot be read
+    Raises:  DataError for a file that is missing, cut, too large for what it says, or of another type
+    Source:  LeCun, Cortes, Burges, "The MNIST database", section "FILE FORMATS"
     """
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadSampleError(
-            "this image cannot be read", where=where, got=error.strerror or error, expected=f"a file {path}"
-        ) from None
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:2] != b"\0\0" or start[2] != _BYTES_IDX:
+                raise DataError("this is no idx file of bytes", where=path, got=start.hex(" "), expected="00 00 08 …")
+            shape = tuple(np.frombuffer(file.read(4 * start[3]), ">u4").tolist())
+            size = math.prod(shape)
+            if size > _MOST_DEFLATED * path.stat().st_size:
+                raise ValueError(f"{size:,} bytes of pixels in a file of {path.stat().st_size:,} bytes")
+            data = file.read(size + 1)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError("this idx file cannot be read", where=path, got=error, expected="a whole idx file") from None
+    if len(data) != size:
+        got = f"{len(data):,} bytes" + (" or more" if len(data) > size else "")
+        raise DataError("this idx file is cut, or longer than it says", where=path, got=got, expected=f"{size:,} bytes")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _images_of(like: Any, where: str) -> Images | None:
-    """The images behind ``like``, which may be a part of them."""
-    whole = getattr(like, "dataset", like)
-    if whole is None or isinstance(whole, Images):
-        return whole
-    raise DataError(
-        "these are images, and the training data are not",
-        where=where,
-        got="a dataset of images",
-        expected=f"data as in training, a {type(whole).__name__}",
-    )
-
-
-def _schema(classes: Sequence[str], size: tuple[int, int], preprocess: Preprocess) -> Schema:
-    fields = {
-        "image": Field("image", (preprocess.channels, *size)),
-        "label": Field("label", (), tuple(classes), is_target=True),
-        "id": Field("object"),
-    }
-    return Schema(fields, preprocess)
+def _labels_beside(path: Path) -> Path | None:
+    for of_images, of_labels in (("images-idx3", "labels-idx1"), ("images.idx3", "labels.idx1")):
+        beside = path.with_name(path.name.replace(of_images, of_labels))
+        if beside != path and beside.exists():
+            return beside
+    return None
 
 
 def _per_channel(
@@ -385,152 +450,3 @@ def _per_channel(
             fix=f"{name} = {[0.5] * channels}",
         )
     return tuple(float(number) for number in given) * (channels if len(given) == 1 else 1)
-
-
-def _check_classes(found: Sequence[str], classes: Sequence[str], where: str) -> None:
-    unknown = sorted(set(found) - set(classes))
-    if unknown:
-        raise DataError(
-            "a class is not among those of the training data",
-            where=where,
-            got=", ".join(repr(name) for name in unknown[:5]),
-            expected=f"one of {', '.join(classes[:20])}",
-            fix=nearest(unknown[0], list(classes)),
-        )
-
-
-def _scan(root: Path) -> list[str]:
-    """Sorted names of all images below the class folders of ``root``, with "/" between their parts."""
-    if not root.is_dir():
-        near = nearest(root.name, [found.name for found in root.parent.iterdir()]) if root.parent.is_dir() else ""
-        got = "a file" if root.exists() else "no such folder"
-        raise DataError("the folder of images is missing", where=root, got=got, expected="a folder", fix=near)
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    folders = sorted(entry.name for entry in entries if entry.is_dir())
-    if not folders:
-        loose = sum(_is_image(entry.name) for entry in entries)
-        raise DataError(
-            "this folder has no class folders" if entries else "this folder is empty",
-            where=root,
-            got=f"{loose:,} images and {len(entries) - loose:,} other files",
-            expected="a folder for each class, with its images",
-        )
-    names = sorted(name for folder in folders for name in _images_below(root, folder))
-    if not names:
-        raise DataError(
-            "there are no images in these class folders",
-            where=root,
-            got=f"folders {', '.join(folders[:10])}",
-            expected=f"files that end in {', '.join(IMAGE_SUFFIXES)}",
-        )
-    if set(folders) <= _SPLIT_NAMES:
-        raise DataError(
-            "these are splits, not classes",
-            where=root,
-            got=f"folders {', '.join(folders)}",
-            expected="a folder for each class",
-            fix=f'train = "{root.name}/{next((name for name in folders if name.startswith("train")), folders[0])}"',
-        )
-    return names
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def _images_below(root: Path, folder: str) -> list[str]:
-    names: list[str] = []
-    seen: set[str] = set()
-    for place, folders, files in os.walk(root / folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(place).relative_to(root).as_posix()
-        names.extend(f"{relative}/{name}" for name in files if _is_image(name))
-    return names
-
-
-def _image_cells(column: Any, where: str) -> tuple[Any, list[str | None] | None]:
-    """The column's bytes as one large_binary array, and its paths; either may be None."""
-    kind = column.type
-    if pa.types.is_struct(kind):
-        names = [kind.field(number).name for number in range(kind.num_fields)]
-        held = pc.struct_field(column, "bytes") if "bytes" in names else None
-        paths = pc.struct_field(column, "path").to_pylist() if "path" in names else None
-        if held is not None or paths is not None:
-            return _one_array(held), paths
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return _one_array(column), None
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return None, column.to_pylist()
-    raise DataError(
-        "this column holds no images",
-        where=where,
-        got=f"type {kind}",
-        expected="bytes, a struct {bytes, path}, or names of files",
-    )
-
-
-def _one_array(column: Any) -> Any:
-    # int32 offsets would overflow at 2 GiB
-    return None if column is None else pc.cast(column, pa.large_binary()).combine_chunks()
-
-
-def _label_texts(frame: Any, label: str, where: str) -> Any:
-    column = require_column(frame, label, where, "label")
-    if pa.types.is_dictionary(column.type):
-        column = pc.cast(column, column.type.value_type)
-    if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type) or _is_text(column.type)):
-        raise DataError(
-            "this column holds no labels",
-            where=f"{where}: column {label!r}",
-            got=f"type {column.type}",
-            expected="texts or whole numbers",
-        )
-    row = pc.index(pc.is_null(column), True).as_py()
-    if row >= 0:
-        raise DataError(
-            "a label is missing", where=f"{where}: column {label!r}, row {row} (counted from 0)", got="an empty cell"
-        )
-    names = _hub_names(frame, label)
-    if names and pa.types.is_integer(column.type):
-        named = pc.take(pa.array(names), _within(column, len(names), where))
-        return named.combine_chunks() if isinstance(named, pa.ChunkedArray) else named
-    return pc.cast(column, pa.string()).combine_chunks()
-
-
-def _within(column: Any, num_classes: int, where: str) -> Any:
-    lowest, highest = pc.min(column).as_py(), pc.max(column).as_py()
-    if lowest < 0 or highest >= num_classes:
-        raise DataError(
-            "a label has no name",
-            where=where,
-            got=f"labels from {lowest} to {highest}",
-            expected=f"0 to {num_classes - 1}",
-        )
-    return column
-
-
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _classes_in_order(texts: Any, frame: Any, label: str) -> tuple[str, ...]:
-    names = _hub_names(frame, label)
-    if names and pa.types.is_integer(frame[label].type):
-        return tuple(names)
-    found = pc.unique(texts).to_pylist()
-    return tuple(sorted(found, key=int) if pa.types.is_integer(frame[label].type) else sorted(found))
-
-
-def _hub_names(frame: Any, label: str) -> list[str]:
-    """The class names that Hugging Face's datasets writes into a Parquet file; empty where there are none."""
-    described = (frame.schema.metadata or {}).get(b"huggingface")
-    try:
-        names = orjson.loads(described)["info"]["features"][label]["names"] if described else []
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return []
-    return [str(name) for name in names]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import multiprocessing
 import os
 import sys
@@ -28,18 +29,20 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..chance import ChanceKey, epoch_order, keyed_seed, weighted_positions
+from ..chance import ChanceKey, keyed_seed
 from ..contracts import INDEX, VALID, Batch, KeyedDataset
 from ..errors import CheckpointError, DataError, SettingsError
-from .foreign import Foreign, Probe, as_dataset, keyed_generators, stack
-from .splits import Part
+from .dataset import Indices, Part, whole
+from .foreign import Foreign, Probe, as_dataset
+from .generators import kept_generators, keyed_generators
+from .order import Order, bucketed_order, plain_order, running_weights, sampled_order, shuffled_order, weighted_order
+from .samples import stack
+from .streams import Stream
 
 Backend = Literal["auto", "inline", "threads", "processes"]
 Last = Literal["keep", "drop", "pad"]
 Collate = Callable[[list[Any]], Any]
-Indices = np.ndarray[Any, np.dtype[np.int64]]
 
-_ORDER_CHUNK = 1 << 16  # positions permuted at once: 5 ms a chunk, and one chunk serves a whole small epoch
 _MAX_WORKERS = 8
 _SLOW_SAMPLE_S = 1e-3
 
@@ -70,7 +73,8 @@ class Loader:
         *,
         shuffle: bool = False,
         sampler: Any = None,
-        weights: Sequence[float] | Tensor | None = None,
+        weights: Sequence[float] | Tensor | Literal["balanced"] | None = None,
+        buckets: bool | Literal["auto"] = "auto",
         collate: Collate | None = None,
         seed: int = 0,
         workers: int | Literal["auto"] = "auto",
@@ -94,13 +98,29 @@ class Loader:
         self.dataset: KeyedDataset = as_dataset(dataset)
         self.batch_size, self.shuffle, self.sampler, self.collate = batch_size, shuffle, sampler, collate
         self.seed, self.last, self.rank, self.world_size = seed, last, rank, world_size
-        self._cumulative = _running_sum(weights, len(self.dataset))
+        labels = getattr(self.dataset, "labels", None)
+        is_padded = isinstance(self.dataset, Stream) and last == "pad"
+        _check("last", last, not is_padded, '"keep" or "drop" for a stream')
+        self._cumulative = running_weights(weights, len(self.dataset), labels)
+        self._lengths = self._bucket_lengths(buckets)
         self.plan = plan_feed(self.dataset, workers, backend, collate)
         self._executor: Executor | None = None
         self._epoch = 0
         self._delivered = 0
         self._is_begun = False
         self._iterations: weakref.WeakSet[GeneratorType[Batch, None, None]] = weakref.WeakSet()
+
+    def _bucket_lengths(self, buckets: bool | Literal["auto"]) -> np.ndarray[Any, Any] | None:
+        # an order that was asked for, or that evaluation and prediction keep, is left alone
+        is_free = self.sampler is None and (self.shuffle or self._cumulative is not None)
+        lengths = getattr(self.dataset, "lengths", None) if is_free and buckets else None
+        _check("buckets", buckets, buckets is not True or lengths is not None, "shuffled samples of several lengths")
+        return lengths
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether batches are made of samples that are about equally long."""
+        return self._lengths is not None
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size * self.world_size)
@@ -168,6 +188,9 @@ class Loader:
 
     def _read_ahead(self, epoch: int, start: int) -> Iterator[Batch]:
         key = ChanceKey(self.seed, epoch)
+        if isinstance(self.dataset, Stream):
+            yield from self._stream(self.dataset, key, start)
+            return
         parts = self._parts(key, start)
         if self.plan.backend == "inline":
             dataset, collate = self.dataset, self.collate
@@ -186,6 +209,22 @@ class Loader:
         finally:
             for future, *_ in waiting:
                 future.cancel()
+
+    def _stream(self, stream: Stream, key: ChanceKey, start: int) -> Iterator[Batch]:
+        """Batches of a stream: what comes before batch ``start`` is read and left."""
+        samples = stream.samples(key, self.shuffle)
+        size = self.batch_size * self.world_size
+        for number in range(len(self)):
+            held = list(itertools.islice(samples, size))
+            if number < start:
+                continue
+            first = number * size + self.rank * self.batch_size
+            mine = held[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            indices = np.arange(first, first + len(mine))
+            if self.collate is not None:
+                yield {**_collated(stream, mine, indices, key, self.collate), INDEX: torch.from_numpy(indices)}
+            else:
+                yield {**getattr(stream, "collate", stack)(mine), INDEX: torch.from_numpy(indices)}
 
     def _submit(self, executor: Executor, indices: Indices, key: ChanceKey) -> Future[Any]:
         if self.plan.backend == "processes":
@@ -234,6 +273,9 @@ class Loader:
 
     def peek(self) -> Batch:
         """The first batch of the next epoch, without counting it."""
+        if isinstance(self.dataset, Stream):
+            with kept_generators():
+                return next(self._stream(self.dataset, ChanceKey(self.seed, self._epoch), 0))
         indices, valid = next(self._parts(ChanceKey(self.seed, self._epoch), 0))
         return _with_valid(read(self.dataset, indices, ChanceKey(self.seed, self._epoch), self.collate), valid)
 
@@ -259,59 +301,17 @@ class Loader:
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         return filled[mine], torch.from_numpy((np.arange(len(filled)) < len(real))[mine])
 
-    def _order(self, key: ChanceKey) -> Callable[[int, int], Indices]:
+    def _order(self, key: ChanceKey) -> Order:
+        size = len(self.dataset)
         if self.sampler is not None:
-            listed = self._sampled(key)
-            return lambda start, stop: listed[start:stop]
-        size, cumulative = len(self.dataset), self._cumulative
-        if cumulative is not None:
-            return _by_chunk(lambda start, stop: weighted_positions(key, cumulative, start, stop), size)
-        if self.shuffle:
-            return _by_chunk(lambda start, stop: epoch_order(key, size, start, stop), size)
-        return _by_chunk(lambda start, stop: np.arange(start, stop, dtype=np.int64), size)
-
-    def _sampled(self, key: ChanceKey) -> Indices:
-        # a user's sampler draws from global generators: keyed by the epoch, so that a resume sees the same list
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(key.epoch)
-        own = getattr(self.sampler, "generator", None)
-        seed = keyed_seed(key, "sampler", own.initial_seed() if isinstance(own, torch.Generator) else 0)
-        with keyed_generators(seed):
-            if not isinstance(own, torch.Generator):
-                return _positions(self.sampler)
-            before = own.get_state()
-            try:
-                own.manual_seed(seed)
-                return _positions(self.sampler)
-            finally:
-                own.set_state(before)
-
-
-def _positions(sampler: Any) -> Indices:
-    listed = list(sampler)
-    try:
-        return np.asarray(listed, dtype=np.int64).reshape(len(listed))
-    except (TypeError, ValueError):
-        raise SettingsError(
-            "this sampler gives no positions",
-            where="Loader(sampler=…)",
-            got=f"{type(listed[0]).__name__}, first from {type(sampler).__name__}",
-            expected="whole numbers, one for each sample",
-            fix="give the sampler inside a batch sampler; batch_size= makes the batches",
-        ) from None
-
-
-def _by_chunk(find: Callable[[int, int], Indices], total: int) -> Callable[[int, int], Indices]:
-    """Look positions up a chunk at a time; a stretch over a chunk's end is looked up by itself."""
-    begin, held = 0, find(0, 0)
-
-    def look_up(start: int, stop: int) -> Indices:
-        nonlocal begin, held
-        if start < begin or stop > begin + len(held):
-            begin, held = start, find(start, min(total, max(stop, start + _ORDER_CHUNK)))
-        return held[start - begin : stop - begin]
-
-    return look_up
+            return sampled_order(key, self.sampler)
+        if self._cumulative is not None:
+            order = weighted_order(key, self._cumulative)
+        else:
+            order = shuffled_order(key, size) if self.shuffle else plain_order(size)
+        if self._lengths is None:
+            return order
+        return bucketed_order(key, order, self._lengths, size, self.batch_size * self.world_size)
 
 
 def read(dataset: KeyedDataset, indices: Indices, key: ChanceKey, collate: Collate | None) -> Batch:
@@ -337,14 +337,15 @@ def _samples(dataset: Any, indices: Indices, key: ChanceKey) -> list[Any]:
 
 def foreign_of(dataset: Any) -> Foreign | None:
     """The foreign dataset that this is, or is a part of."""
-    while isinstance(dataset, Part):
-        dataset = dataset.dataset
-    return dataset if isinstance(dataset, Foreign) else None
+    found = whole(dataset)
+    return found if isinstance(found, Foreign) else None
 
 
 def _stacked(dataset: KeyedDataset, samples: list[Any]) -> Batch:
     foreign = foreign_of(dataset)
-    return stack([foreign.named(sample) for sample in samples] if foreign is not None else samples)
+    if foreign is not None:
+        return stack([foreign.named(sample) for sample in samples])
+    return dict(getattr(dataset, "collate", stack)(samples))
 
 
 def _collated(dataset: KeyedDataset, samples: list[Any], indices: Indices, key: ChanceKey, collate: Collate) -> Batch:
@@ -456,6 +457,8 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     if workers == 0 or backend == "inline":
         return FeedPlan("inline", 0, "as set")
     number = min(_MAX_WORKERS, _usable_cores()) if workers == "auto" else int(workers)
+    if isinstance(dataset, Stream):
+        return FeedPlan("inline", 0, "a stream is read in its own order")
     foreign = foreign_of(dataset)
     if foreign is not None:
         is_auto = workers == "auto" and backend == "auto"
@@ -463,7 +466,8 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     if backend == "processes":
         why_not = cannot_travel(dataset, collate)
         return FeedPlan("inline", 0, why_not) if why_not else FeedPlan("processes", number, "as set")
-    if hasattr(dataset, "augmentations") and not getattr(dataset, "threads", False) and backend == "auto":
+    augments = getattr(whole(dataset), "augmentations", None)
+    if augments is not None and augments.has_callable and backend == "auto":
         why_not = cannot_travel(dataset, collate)
         if why_not:
             return FeedPlan("inline", 0, why_not)
@@ -515,15 +519,6 @@ def _has_main_guard(path: Path) -> bool:
     except (OSError, SyntaxError, UnicodeDecodeError):
         return True  # a compiled entry point, no script
     return any(isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in tree.body)
-
-
-def _running_sum(weights: Sequence[float] | Tensor | None, size: int) -> np.ndarray[Any, Any] | None:
-    if weights is None:
-        return None
-    array = np.asarray(weights, dtype=np.float64)
-    fits = array.shape == (size,) and bool(np.isfinite(array).all()) and bool((array >= 0).all()) and array.sum() > 0
-    _check("weights", f"{array.shape}", fits, f"{size} finite numbers from 0, not all 0")
-    return np.cumsum(array)
 
 
 def _check(name: str, got: object, holds: bool, expected: str) -> None:

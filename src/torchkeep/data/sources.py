@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import itertools
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -16,46 +18,110 @@ from ..contracts import KeyedDataset
 from ..errors import DataError, TorchkeepError, nearest
 from ..settings import Settings
 from ..usercode import CodeReference, is_reference, line_in, read_reference
-from .augment import check_augmentations
-from .images import ImageFolder, ImageTable
+from . import sounds
+from .arrays import open_arrays
+from .audio import AUDIO_SUFFIXES, AudioFolder, AudioTable, Clips
+from .augment import NAMES as IMAGE_AUGMENTATIONS
+from .dataset import whole
+from .frames import PARQUET, TABLE_SUFFIXES, Form, column_names, is_table
+from .hub import HubDataset, HubStream, hub_kind, is_hub_name
+from .images import IMAGE_SUFFIXES, IdxImages, ImageFolder, ImageTable
 from .splits import split
-from .tables import PARQUET, Table, column_names
+from .tables import Table
+from .text import TEXT_SUFFIXES, TextBlocks, TextFolder, Texts, TextTable
 
 SplitName = Literal["train", "valid", "test"]
+Kind = Literal["image", "audio", "text", "table"]
 LoadFunction = Callable[[CodeReference], Callable[..., Any]]
 
-_TABLES = (".csv", ".tsv", *PARQUET)
+_HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+_IDX = ("-ubyte", "-ubyte.gz", ".idx", ".idx.gz")
+_LOOK_AT = 1000  # names of a folder, to see what it holds
 
 
 class DataSettings(Settings):
     """Where the samples come from and how they are made into batches."""
 
     train: str
-    """Training data: a folder with class folders, a .csv or .parquet file, or file.py:function."""
+    """Training data: a folder, a table (.csv, .tsv, .parquet, .arrow, .jsonl), .npz, idx, hf:NAME, file.py:function."""
     valid: str | None = None
     """Validation data, named in the same way."""
     valid_fraction: float | None = Field(None, gt=0, lt=1)
-    """Instead of ``valid``: the fraction of the training data that is set apart, in each class alike."""
+    """Instead of ``valid``: the fraction of the training data that is set apart."""
     test: str | None = None
     """Test data, which training never sees."""
+    test_fraction: float | None = Field(None, gt=0, lt=1)
+    """Instead of ``test``: the fraction of all samples that is set apart, before ``valid_fraction``."""
+    split_by: str = "label"
+    """How fractions are set apart: "label" (each class alike), "random", "group:COLUMN", "time:COLUMN" (the latest)."""
+    kind: Literal["auto", "image", "audio", "text", "table"] = "auto"
+    """What the data are; "auto": by the files' endings, or by columns called image, audio or text."""
+    format: Literal["auto", "csv"] = "auto"
+    """"csv" for a table whose ending does not say so."""
+    columns: list[str] = Field(default_factory=list)
+    """Names of the columns of a .csv or .tsv that has no header."""
+    image: str = "image"
+    """Column of a table that holds images or names of image files."""
+    audio: str | None = None
+    """Column of a table that holds recordings or names of their files; "audio" where nothing is said."""
+    text: str | None = None
+    """Column of a table that holds texts; "text" where nothing is said."""
+    label: str | None = None
+    """Column that is to be predicted; "label" where nothing is said."""
+    target: str | None = None
+    """The same; a table of numbers needs it."""
+    id: str | None = None
+    """Column that names the samples; each name once."""
+    separator: str | None = None
+    """What stands between several labels in one cell, such as "|"; lists need none."""
+    label_pattern: str | None = None
+    """Regular expression whose group "label" finds the class in each file's name, in place of class folders."""
+    follow_links: bool = False
+    """Whether links may lead out of a data folder."""
+    drop: list[str] = Field(default_factory=list)
+    """Columns of a table of numbers that are left out."""
+    categories: list[str] = Field(default_factory=list)
+    """Columns of numbers that are names of something, such as a postal code."""
+    masks: str | None = None
+    """Segmentation: name of the folder of masks that stands beside a folder of images."""
+    mask: str | None = None
+    """Segmentation: column of a table that holds masks or names of their files."""
+    mask_classes: list[str] = Field(default_factory=list)
+    """Names of the classes in the masks, beginning with 0; 255 is no class."""
     image_size: int | None = Field(None, gt=0)
     """Side of the square images in pixels; without it all images must have one size."""
     channels: Literal[1, 3] = 3
     """3 for colour, 1 for grey."""
+    bits: Literal[8, 16] = 8
+    """16 keeps images of 16 bits as they are."""
     mean: list[float] | None = None
     """Mean of each channel, in units where white is 1; 0.5 where nothing is said."""
     std: list[float] | None = None
     """Standard deviation of each channel, in units where white is 1; 0.5 where nothing is said."""
+    sample_rate: int | None = Field(None, gt=0)
+    """Rate of recordings in Hz, to which others are resampled; that of the first one where nothing is said."""
+    audio_channels: Literal[1, 2, "mix"] = 1
+    """Channels of recordings; "mix" averages several into one."""
+    seconds: float | None = Field(None, gt=0)
+    """Length that recordings are cut or filled up to; without it batches are padded to their longest."""
+    features: Literal["log_mel", "waveform"] = "log_mel"
+    """What a model gets of a recording."""
+    num_mels: int = Field(64, gt=0)
+    """Bands of a log-mel."""
+    tokenizer: str = "words"
+    """"words" (learned from the training texts), "bytes", a tokenizer.json, or hf:NAME."""
+    max_length: int = Field(512, gt=1)
+    """Tokens at which a text is cut."""
+    block_size: int | None = Field(None, gt=1)
+    """Tokens of a block, for a language model: texts are joined and cut into blocks."""
+    streaming: bool = False
+    """Read hf:NAME as a stream, without an order by number."""
+    length: int | None = Field(None, gt=0)
+    """Samples of an epoch of a stream."""
     augment: list[str] = Field(default_factory=list)
-    """Augmentations of the training images, in order."""
-    image: str = "image"
-    """Column of a table that holds images or names of image files."""
-    label: str | None = None
-    """Column of a table of images that holds the labels; "label" where nothing is said."""
-    target: str | None = None
-    """Column of a table of numbers that is to be predicted."""
-    drop: list[str] = Field(default_factory=list)
-    """Columns of a table of numbers that are left out."""
+    """Augmentations of the training images or recordings, in order."""
+    weights: Literal["balanced"] | None = None
+    """"balanced": samples are drawn so that each class comes as often."""
     batch_size: int = Field(32, gt=0)
     """Samples of one step, on each rank."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
@@ -66,19 +132,57 @@ class DataSettings(Settings):
     @field_validator("augment")
     @classmethod
     def _known_augmentations(cls, names: list[str]) -> list[str]:
-        check_augmentations(names, "data.augment")
+        known = list(dict.fromkeys([*IMAGE_AUGMENTATIONS, *sounds.NAMES]))
+        for name in names:
+            if name not in known:
+                hint = nearest(name, known)
+                raise ValueError(f"one of {', '.join(known)}; not {name!r}{' - ' + hint if hint else ''}")
         return names
 
     @model_validator(mode="after")
     def _fit_together(self) -> DataSettings:
-        if self.valid is not None and self.valid_fraction is not None:
-            raise ValueError("data.valid or data.valid_fraction, not both")
+        for given, fraction in (("valid", "valid_fraction"), ("test", "test_fraction")):
+            if getattr(self, given) is not None and getattr(self, fraction) is not None:
+                raise ValueError(f"data.{given} or data.{fraction}, not both")
+        if self.test_fraction and not self.valid_fraction:
+            raise ValueError("data.valid_fraction beside data.test_fraction")
         for name, numbers in (("mean", self.mean), ("std", self.std)):
             if numbers is not None and len(numbers) not in (1, self.channels):
                 raise ValueError(f"data.{name} with 1 or {self.channels} numbers, as data.channels says")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError("data.std above 0")
         return self
+
+    @property
+    def form(self) -> Form:
+        return Form(self.format == "csv", tuple(self.columns), (self.text or "text",) if self.kind == "text" else ())
+
+    def image_options(self, train: bool) -> dict[str, Any]:
+        """What a dataset of images is made with."""
+        return {
+            "image_size": self.image_size, "channels": self.channels, "bits": self.bits, "mean": self.mean,
+            "std": self.std, "mask_classes": self.mask_classes, "augment": self.augment if train else (),
+        }  # fmt: skip
+
+    def audio_options(self, train: bool) -> dict[str, Any]:
+        """What a dataset of recordings is made with."""
+        return {
+            "sample_rate": self.sample_rate, "channels": self.audio_channels, "seconds": self.seconds,
+            "features": self.features, "num_mels": self.num_mels, "augment": self.augment if train else (),
+        }  # fmt: skip
+
+    def text_options(self, base: Path, like: Any) -> dict[str, Any]:
+        """What a dataset of texts is made with: the tokenizer is that of the training data where there are some."""
+        tokenizer = self.tokenizer if like is None else None
+        return {"tokenizer": tokenizer, "max_length": self.max_length, "base": base}
+
+    def table_options(self) -> dict[str, Any]:
+        """What a table of numbers is made with."""
+        return {"drop": self.drop, "categories": self.categories, "id": self.id}
+
+    @property
+    def predicted(self) -> str | None:
+        return self.target or self.label
 
 
 @dataclass(frozen=True)
@@ -97,9 +201,11 @@ def open_data(settings: DataSettings, base: Path, seed: int, load: LoadFunction 
     Raises:  DataError, ModelError for code that is missing or fails
     """
     train = open_source(settings, settings.train, base, train=True, load=load)
-    valid = test = None
+    valid: KeyedDataset | None = None
+    test: KeyedDataset | None = None
     if settings.valid_fraction is not None:
-        train, valid = split(train, settings.valid_fraction, seed)
+        parts = split(train, settings.valid_fraction, seed, settings.split_by, settings.test_fraction)
+        train, valid, test = parts[0], parts[1], parts[2] if len(parts) > 2 else None
     elif settings.valid is not None:
         valid = open_source(settings, settings.valid, base, like=train, train=False, load=load, split_name="valid")
     if settings.test is not None:
@@ -121,48 +227,125 @@ def open_source(
 
     Raises:  DataError for a name that means nothing here, or a path that does not exist
     """
+    role: SplitName = split_name or ("train" if train else "valid")
+    if is_hub_name(source):
+        return _open_hub(settings, source, base, like, train, role)
     if is_reference(source):
-        return _open_code(source, base, load, split_name or ("train" if train else "valid"))
+        return _open_code(source, base, load, role, like)
     path = base / Path(source).expanduser()
     if ":" in source and not path.exists():
         raise _unknown_source(source, "a name with ':'")
     if not path.exists():
         raise _missing(path, source)
-    opened = _open_path(settings, path, source, like, train)
-    return cast(KeyedDataset, opened)
+    opened = _open_folder(settings, path, base, like, train) if path.is_dir() else None
+    return cast(KeyedDataset, opened or _open_file(settings, path, source, base, like, train))
 
 
-def _open_path(settings: DataSettings, path: Path, source: str, like: KeyedDataset | None, train: bool) -> Any:
-    images: dict[str, Any] = {
-        "image_size": settings.image_size,
-        "channels": settings.channels,
-        "augment": settings.augment if train else (),
-        "mean": settings.mean,
-        "std": settings.std,
-        "like": like,
-    }
-    if path.is_dir():
-        return ImageFolder(path, **images)
-    if path.suffix.lower() not in _TABLES:
+def _open_folder(settings: DataSettings, path: Path, base: Path, like: Any, train: bool) -> Any:
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _open_hub(settings, f"hf:{path}", base, like, train, "train" if train else "valid")
+    kind = _kind_of_folder(settings, path, like)
+    listed: dict[str, Any] = {
+        "label_pattern": settings.label_pattern, "follow_links": settings.follow_links, "like": like,
+    }  # fmt: skip
+    if kind == "audio":
+        return AudioFolder(path, **listed, **settings.audio_options(train))
+    if kind == "text":
+        has_classes = settings.block_size is None
+        texts = TextFolder(path, **listed, has_classes=has_classes, **settings.text_options(base, like))
+        return texts if has_classes else TextBlocks(texts, settings.block_size or 0)
+    masks = path.parent / settings.masks if settings.masks else None
+    return ImageFolder(path, **listed, masks=masks, **settings.image_options(train))
+
+
+def _kind_of_folder(settings: DataSettings, path: Path, like: Any) -> Kind:
+    """What most of its first files are; images where nothing tells."""
+    if settings.kind in ("image", "audio", "text"):
+        return cast(Kind, settings.kind)
+    counts: dict[Kind, int] = {"image": 0, "audio": 0, "text": 0}
+    endings: dict[Kind, tuple[str, ...]] = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES, "text": TEXT_SUFFIXES}
+    names = (name for _, _, files in os.walk(path, followlinks=settings.follow_links) for name in files)
+    for name in itertools.islice(names, _LOOK_AT):
+        for kind, suffixes in endings.items():
+            counts[kind] += name.lower().endswith(suffixes)
+    return max(counts, key=lambda kind: counts[kind])
+
+
+def _open_file(settings: DataSettings, path: Path, source: str, base: Path, like: Any, train: bool) -> Any:
+    if path.name.endswith(_IDX):
+        options = {**settings.image_options(train), "channels": None}
+        return IdxImages(path, like=like, **options)
+    if path.suffix.lower() in (".npz", ".npy"):
+        return open_arrays(path)
+    if not is_table(path, settings.form):
         raise _unknown_source(source, f"a file that ends in {path.suffix!r}")
-    if _has_images(path, settings.image):
-        return ImageTable(path, image=settings.image, label=settings.label or "label", **images)
-    if settings.target is None:
+    kind = _kind_of_table(settings, path)
+    shared: dict[str, Any] = {"form": settings.form, "like": like}
+    rows: dict[str, Any] = {"id": settings.id, "separator": settings.separator, **shared}
+    label = settings.predicted or "label"
+    if kind == "image":
+        rows |= {"image": settings.image, "mask": settings.mask, "label": label}
+        return ImageTable(path, **rows, **settings.image_options(train))
+    if kind == "audio":
+        return AudioTable(path, audio=settings.audio or "audio", label=label, **rows, **settings.audio_options(train))
+    if kind == "text":
+        target = None if settings.block_size else label
+        texts = TextTable(
+            path, text=settings.text or "text", target=target, **rows, **settings.text_options(base, like)
+        )
+        return TextBlocks(texts, settings.block_size) if settings.block_size else texts
+    if settings.predicted is None:
         raise _no_target(path, settings)
-    return Table(path, settings.target, like=like, drop=settings.drop)
+    return Table(path, settings.predicted, **shared, **settings.table_options())
 
 
-def _has_images(path: Path, name: str) -> bool:
-    if name not in column_names(path):
-        return False
-    if path.suffix.lower() not in PARQUET:
-        return True
+def _kind_of_table(settings: DataSettings, path: Path) -> Kind:
+    if settings.kind != "auto":
+        return settings.kind
+    names = column_names(path, settings.form)
+    if settings.audio is not None or settings.text is not None:
+        return "audio" if settings.audio is not None else "text"
+    if _has_bytes(path, settings.image, names):
+        return "image"
+    if _has_bytes(path, "audio", names):
+        return "audio"
+    return "text" if "text" in names else "table"
+
+
+def _has_bytes(path: Path, name: str, names: list[str]) -> bool:
+    """Whether a column holds files, or their names; a CSV's columns can only be names."""
+    if name not in names or path.suffix.lower() not in PARQUET:
+        return name in names
     kind = pq.read_schema(path).field(name).type
     is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     return bool(is_bytes or pa.types.is_struct(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _open_code(source: str, base: Path, load: LoadFunction | None, split_name: SplitName) -> KeyedDataset:
+def _open_hub(settings: DataSettings, source: str, base: Path, like: Any, train: bool, role: SplitName) -> KeyedDataset:
+    name = source
+    folder = Path(source.removeprefix("hf:").partition("@")[0])
+    if (base / folder).exists():  # names of folders are relative to the recipe, as all others
+        name = f"hf:{base / folder}" + source.partition("@")[1] + source.partition("@")[2]
+    like = getattr(whole(like), "reader", like)
+    options: dict[str, Any] = {"like": like} if like is not None else {}
+    kind = settings.kind
+    column = {"text": settings.text, "audio": settings.audio}.get(kind) or settings.text or settings.audio
+    if kind == "auto" and (settings.text or settings.audio):
+        kind = "text" if settings.text else "audio"
+    by_kind = {
+        "image": lambda: settings.image_options(train), "audio": lambda: settings.audio_options(train),
+        "text": lambda: settings.text_options(base, like), "table": settings.table_options,
+    }  # fmt: skip
+    if kind == "auto":
+        kind = hub_kind(name, _HUB_SPLITS[role], settings.streaming)
+    options |= by_kind[kind]()
+    said: dict[str, Any] = {"kind": kind, "column": column, "label": settings.predicted, **options}
+    if settings.streaming:
+        return cast(KeyedDataset, HubStream(name, _HUB_SPLITS[role], length=settings.length, **said))
+    return cast(KeyedDataset, HubDataset(name, _HUB_SPLITS[role], **said))
+
+
+def _open_code(source: str, base: Path, load: LoadFunction | None, split_name: SplitName, like: Any) -> KeyedDataset:
     from .foreign import as_dataset
 
     reference = read_reference(source, base)
@@ -175,7 +358,8 @@ def _open_code(source: str, base: Path, load: LoadFunction | None, split_name: S
         )
     function = load(reference)
     try:
-        made = function(split=split_name) if _takes_split(function) else function()
+        offered = {"split": split_name, "like": like}
+        made = function(**{name: value for name, value in offered.items() if _takes(function, name)})
     except TorchkeepError:
         raise
     except Exception as error:
@@ -183,17 +367,46 @@ def _open_code(source: str, base: Path, load: LoadFunction | None, split_name: S
             "this function gives no data",
             where=f"{source}{line_in(error, reference.path)}",
             got=f"{type(error).__name__}: {error}",
-            expected="a function that takes nothing, or split, and gives a dataset",
+            expected="a function that takes nothing, or any of split and like, and gives a dataset",
         ) from error
     return as_dataset(made)
 
 
-def _takes_split(function: Callable[..., Any]) -> bool:
+def _takes(function: Callable[..., Any], name: str) -> bool:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a callable made in C says nothing of its parameters
         return False
-    return any(found.name == "split" or found.kind is found.VAR_KEYWORD for found in parameters)
+    return any(found.name == name or found.kind is found.VAR_KEYWORD for found in parameters)
+
+
+def described(dataset: KeyedDataset) -> Iterator[tuple[str, str, str, str]]:
+    """What was found or decided about the data: rows of (what, value, reason, setting that overrides it)."""
+    held = whole(dataset)
+    held = getattr(held, "reader", held)
+    seen = held.schema.preprocess
+    if seen is not None:
+        bits = " of 16 bits" if seen.bits == 16 else ""
+        yield "images", f"mean {seen.mean[0]:g}, std {seen.std[0]:g}{bits}", "x / white, then these", "data.mean"
+    if isinstance(held, Table):
+        known = held.encoding
+        numbered = zip(known.categories, known.vocabularies, strict=True)
+        categories = ", ".join(f"{name} ({len(words):,} values)" for name, words in numbered)
+        yield "numbers", ", ".join(known.numbers) or "none", "columns of numbers and dates", "data.drop"
+        yield "categories", categories or "none", "all other columns", "data.categories"
+        yield "task", known.task, f"column {known.target!r}: {len(known.classes) or 'no'} classes", "data.target"
+    texts = held.texts if isinstance(held, TextBlocks) else held
+    if isinstance(texts, Texts):
+        said = f"{texts.tokenizer.name}, {texts.tokenizer.num_tokens:,} tokens"
+        if isinstance(held, TextBlocks):
+            yield "texts", f"{said}, blocks of {held.block_size}", "joined to one stream", "data.tokenizer"
+        else:
+            reason = f"padded to the batch, cut at {texts.max_length} tokens"
+            yield "texts", said, reason, "data.tokenizer, data.max_length"
+    if isinstance(held, Clips):
+        made = f"{held.num_mels} log-mels" if held.features == "log_mel" else "waveform"
+        length = f"{held.seconds:g} s, cut or filled up" if held.seconds else "padded to the batch"
+        yield "recordings", f"{made} at {held.sample_rate:,} Hz", length, "data.sample_rate, data.seconds"
 
 
 def _missing(path: Path, source: str) -> DataError:
@@ -212,17 +425,18 @@ def _unknown_source(source: str, got: str) -> DataError:
         "this is no source of data",
         where=source,
         got=got,
-        expected=f"a folder with class folders, a table ({', '.join(_TABLES)}), or file.py:function",
+        expected=f"a folder, a table ({', '.join(TABLE_SUFFIXES)}), .npz, idx, hf:NAME, or file.py:function",
+        fix='format = "csv" if it is a table',
     )
 
 
 def _no_target(path: Path, settings: DataSettings) -> DataError:
-    names = column_names(path)
+    names = column_names(path, settings.form)
     near = nearest(settings.image, names)
     return DataError(
         "the target of this table is not named",
         where=path,
         got=f"columns {', '.join(names)}",
-        expected="data.target for a table of numbers, or data.image for a table of images",
+        expected="data.target for a table of numbers, or data.image, data.text, data.audio for their column",
         fix=f'target = "{names[-1]}" if that is what is to be predicted' + (f"; data.image: {near}" if near else ""),
     )

@@ -1,94 +1,116 @@
-"""A dataset in two parts, by keyed chance."""
+"""A dataset in parts, by a stated rule and keyed chance."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import xxhash
-from torch.utils.data import Dataset
 
 from ..chance import ChanceKey, keyed_uniform
-from ..contracts import Batch, KeyedDataset, Schema
-from ..errors import DataError
-from .tables import Table
+from ..contracts import KeyedDataset
+from ..errors import DataError, SettingsError
+from .dataset import Indices, Part, whole_column
 
-Indices = np.ndarray[Any, np.dtype[np.int64]]
+Rule = Literal["label", "random"] | str
+"""How a part is chosen: "label", "random", "group:COLUMN" or "time:COLUMN"."""
+
+_SLACK = 1e-9  # 10 · 0.3 is a little under 3
 
 
-class Part(Dataset[Any]):
-    """Some samples of a dataset, under its interface. A sample's chance stays that of its place in the whole.
+def split(
+    dataset: KeyedDataset, valid: float, seed: int, by: Rule = "label", test: float | None = None
+) -> tuple[KeyedDataset, ...]:
+    """(train, valid) or, with ``test``, (train, valid, test): fractions of the samples, without augmentation but train.
 
-    Shapes:  indices (n,) int64, positions in ``dataset``
+    The rules: "label" puts the samples in the order of (class, draw keyed by seed and position); the sample at place k
+    is for validation where floor((k + 1) · fraction) > floor(k · fraction), so that each class is divided alike; a
+    class that would lose its last training sample keeps it. "random" is the same with one class. "group:COLUMN" takes
+    whole groups, in the order of a draw keyed by seed and the group's name, until the fraction is nearest.
+    "time:COLUMN" takes the latest samples; those of the same time as the first one taken go with it. ``test`` is taken
+    before ``valid``. Statistics and vocabularies become those of the training samples alone.
+
+    Raises:  DataError if a part would be empty, SettingsError for another rule
     """
-
-    def __init__(self, dataset: KeyedDataset, indices: Indices):
-        self.dataset = dataset
-        self.indices = np.asarray(indices, dtype=np.int64)
-        self.schema: Schema = dataset.schema
-        self.threads = bool(getattr(dataset, "threads", False))
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[int(self.indices[index])]
-
-    def read(self, index: int, key: ChanceKey) -> Any:
-        return self.dataset.read(int(self.indices[index]), key)
-
-    def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
-        return self.dataset.read_batch(self.indices[indices], key)
-
-    def fingerprint(self) -> str:
-        """xxh3 of the whole's fingerprint and of the positions."""
-        return str(xxhash.xxh3_128_hexdigest(self.dataset.fingerprint().encode() + self.indices.tobytes()))
-
-    def without_augmentation(self) -> Part:
-        plain = getattr(self.dataset, "without_augmentation", None)
-        return Part(plain(), self.indices) if plain is not None else self
-
-    def id_of(self, index: int) -> str:
-        name = getattr(self.dataset, "id_of", str)
-        return str(name(int(self.indices[index])))
-
-    @property
-    def labels(self) -> Indices | None:
-        """Class of each sample, (n,) int64; None where the whole has none."""
-        labels = getattr(self.dataset, "labels", None)
-        return None if labels is None else labels[self.indices]
+    rest = np.arange(len(dataset))
+    parts: list[Indices] = []
+    for fraction, operation in ((test, "split/test"), (valid, "split")):
+        if fraction:
+            kept, taken = _indices_by(dataset, rest, fraction, seed, by, operation)
+            parts.insert(0, rest[taken])
+            rest = rest[kept]
+    learn = getattr(dataset, "learned_from", None)
+    learned = cast(KeyedDataset, learn(rest) if learn is not None else dataset)
+    return cast(
+        "tuple[KeyedDataset, ...]",
+        (Part(learned, rest), *(Part(learned, taken).without_augmentation() for taken in parts)),
+    )
 
 
-def split(dataset: KeyedDataset, fraction: float, seed: int) -> tuple[KeyedDataset, KeyedDataset]:
-    """(train, valid): ``fraction`` of the samples for validation, in each class alike, without augmentation.
+def _indices_by(
+    dataset: KeyedDataset, rest: Indices, fraction: float, seed: int, by: Rule, operation: str
+) -> tuple[Indices, Indices]:
+    rule, _, column = by.partition(":")
+    if rule == "group" and column:
+        return split_groups(whole_column(dataset, column)[rest], fraction, seed, operation)
+    if rule == "time" and column:
+        return split_time(whole_column(dataset, column)[rest], fraction)
+    if rule not in ("label", "random") or column:
+        raise SettingsError(
+            "there is no such rule for a split",
+            where="data.split_by",
+            got=repr(by),
+            expected='"label", "random", "group:COLUMN" or "time:COLUMN"',
+        )
+    labels = getattr(dataset, "labels", None) if rule == "label" else None
+    return split_indices(len(rest), None if labels is None else labels[rest], fraction, seed, operation)
 
-    The rule: the samples are put in the order of (class, draw keyed by seed and position); the sample at place k is for
-    validation where floor((k + 1) · fraction) > floor(k · fraction). A class that would lose its last training sample
-    keeps it. Without labels all samples count as one class. A table's statistics become those of its training rows.
 
-    Raises:  DataError if either part would be empty
-    """
-    train, valid = split_indices(len(dataset), getattr(dataset, "labels", None), fraction, seed)
-    if isinstance(dataset, Table):
-        return dataset.divided(train, valid)
-    return Part(dataset, train), Part(dataset, valid).without_augmentation()
-
-
-def split_indices(num_samples: int, labels: Indices | None, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """Positions of the two parts, each ascending; see ``split`` for the rule."""
-    draws = keyed_uniform(ChanceKey(seed), "split", np.arange(num_samples))[:, 0]
+def split_indices(
+    num_samples: int, labels: Indices | None, fraction: float, seed: int, operation: str = "split"
+) -> tuple[Indices, Indices]:
+    """Positions of the two parts, each ascending; see ``split`` for the rule "label"."""
+    draws = keyed_uniform(ChanceKey(seed), operation, np.arange(num_samples))[:, 0]
     classes = np.zeros(num_samples, np.int64) if labels is None else labels
     order = np.lexsort((draws, classes))
-    places = np.arange(num_samples + 1) * fraction + 1e-9  # 10 · 0.3 is a little under 3
+    places = np.arange(num_samples + 1) * fraction + _SLACK
     is_valid = np.zeros(num_samples, bool)
     is_valid[order] = np.diff(np.floor(places)) > 0
     for lost in np.setdiff1d(classes, classes[~is_valid]):
         is_valid[np.flatnonzero(classes == lost)[0]] = False
+    return _both(is_valid, fraction)
+
+
+def split_groups(groups: np.ndarray[Any, Any], fraction: float, seed: int, operation: str) -> tuple[Indices, Indices]:
+    """Positions of the two parts; no group is in both."""
+    names, number_of, counts = np.unique(groups.astype(str), return_inverse=True, return_counts=True)
+    hashes = np.array([xxhash.xxh3_64_intdigest(name.encode()) for name in names.tolist()], np.uint64)
+    order = np.argsort(keyed_uniform(ChanceKey(seed), operation, hashes)[:, 0], kind="stable")
+    ends = np.cumsum(counts[order])
+    wanted = fraction * len(groups)
+    # as many groups as come nearest to the fraction, at least one and not all
+    taken = int(np.argmin(np.abs(ends - wanted))) + 1
+    taken = min(max(taken, 1), len(names) - 1)
+    return _both(np.isin(number_of, order[:taken]), fraction, f"{len(names)} groups")
+
+
+def split_time(times: np.ndarray[Any, Any], fraction: float) -> tuple[Indices, Indices]:
+    """Positions of the two parts; everything in the first is earlier than everything in the second."""
+    missing = np.flatnonzero(times != times) if times.dtype.kind in "fmM" else np.empty(0)
+    if missing.size or times.dtype == object:
+        got = f"no time in sample {missing[0]}" if missing.size else "values that are no times or numbers"
+        raise DataError("a split by time needs a time of each sample", where="data.split_by", got=got)
+    count = max(1, int(len(times) * fraction + _SLACK))
+    cut = np.sort(times)[-count]
+    return _both(times >= cut, fraction)
+
+
+def _both(is_valid: np.ndarray[Any, Any], fraction: float, of: str = "") -> tuple[Indices, Indices]:
     if not is_valid.any() or is_valid.all():
         raise DataError(
             "a split leaves one part empty",
             where=f"valid_fraction = {fraction}",
-            got=f"{num_samples} samples",
+            got=of or f"{len(is_valid)} samples",
             expected="at least one sample in each part",
             fix="another valid_fraction, or name the validation data with valid = …",
         )

@@ -5,140 +5,71 @@ Statistics come from the training rows alone; validation and test take them over
 
 from __future__ import annotations
 
-import csv
+import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pcsv
-import pyarrow.parquet as pq
 import torch
 import xxhash
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Json, Sample, Schema
 from ..errors import DataError, nearest
 from .arrays import bytes_of
+from .dataset import Indices, KeyedData, whole
+from .frames import (
+    Form,
+    Frame,
+    Source,
+    as_floats,
+    as_texts,
+    check_ids,
+    check_one_kind,
+    distinct,
+    is_category,
+    is_date,
+    is_number,
+    number_words,
+    read_frame,
+    require_column,
+    where_of,
+)
 
-Frame = Any
-"""A pyarrow.Table; pyarrow has no types."""
-Indices = np.ndarray[Any, np.dtype[np.int64]]
 Task = Literal["auto", "classification", "regression"]
 
-MISSING = ("", "?", "NA", "NaN", "nan")
-PARQUET = (".parquet", ".pq")
-
 _MAX_INTEGER_CLASSES = 50
+_DAY_US = 86_400_000_000
+_CYCLES = {"year": 365.2425, "week": 7.0, "day": 1.0}  # in days
 
 
-def column_names(path: Path) -> list[str]:
-    """The columns of a CSV or Parquet file, without reading its rows.
+@dataclass(frozen=True)
+class NumberFeature:
+    """One number that a model gets: a column's value, whether it is missing, or a part of a date.
 
-    Raises:  DataError if the file cannot be read as such
+    ``part`` is "value", "missing", or of a date "days" since 1970, or "year sin" … "day cos".
     """
-    return list(_parquet_schema(path).names) if path.suffix.lower() in PARQUET else _csv_header(path)
 
+    column: str
+    part: str = "value"
+    mean: float = 0.0
+    deviation: float = 1.0
 
-def read_frame(path: Path) -> Frame:
-    """A CSV, TSV or Parquet file as a pyarrow.Table.
+    @property
+    def name(self) -> str:
+        return self.column if self.part in ("value", "days") else f"{self.column}: {self.part}"
 
-    A CSV's cells lose the blanks around them; "", "?", "NA", "NaN" and "nan" are missing; a column is of whole numbers,
-    floats, bools or texts, whichever holds all of its cells.
-    Raises:  DataError if the file is missing, empty or not of this form
-    """
-    frame = _read_parquet(path) if path.suffix.lower() in PARQUET else _read_csv(path)
-    if not frame.num_rows:
-        raise DataError("this table is empty", where=path, got="0 rows", expected="a row for each sample")
-    return frame
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    what = "this table is missing" if isinstance(error, FileNotFoundError) else "this table cannot be read"
-    near = ""
-    if isinstance(error, FileNotFoundError) and path.parent.is_dir():
-        near = nearest(path.name, [found.name for found in path.parent.iterdir()])
-    return DataError(what, where=path, got=str(error).splitlines()[0], expected="a CSV or Parquet file", fix=near)
-
-
-def _parquet_schema(path: Path) -> Any:
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
-
-
-def _read_parquet(path: Path) -> Frame:
-    try:
-        with path.open("rb") as file:  # by itself pyarrow would read "key=value" in the folder's name as a column
-            return pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
-
-
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
-
-
-def _csv_header(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file, delimiter=_delimiter(path)), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(path, error) from None
-    names = [name.strip() for name in header]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        got = f"{twice[0]!r} more than once" if twice else "no first line"
-        raise DataError("this table's header cannot be used", where=path, got=got, expected="a name for each column")
-    return names
-
-
-def _read_csv(path: Path) -> Frame:
-    names = _csv_header(path)
-    # every cell as text first: a blank before a number or a "?" among numbers must not decide its column's type
-    convert = pcsv.ConvertOptions(column_types={name: pa.string() for name in names}, strings_can_be_null=False)
-    parse = pcsv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True)
-    try:
-        read = pcsv.ReadOptions(column_names=names, skip_rows=1)
-        frame = pcsv.read_csv(path, read, parse, convert)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
-    return pa.table({name: _typed(frame[name]) for name in names})
-
-
-def _typed(texts: Any) -> Any:
-    trimmed = pc.utf8_trim_whitespace(texts)
-    cells = pc.if_else(pc.is_in(trimmed, pa.array(MISSING)), pa.scalar(None, pa.string()), trimmed)
-    for kind in (pa.int64(), pa.float64()):
-        try:
-            return pc.cast(cells, kind)
-        except pa.ArrowInvalid:
-            continue
-    words = pc.utf8_lower(cells)
-    is_bool = pc.all(pc.is_in(words, pa.array(["true", "false", None]))).as_py()
-    return pc.equal(words, "true") if is_bool else cells
-
-
-def require_column(frame: Frame, name: str, where: object, setting: str) -> Any:
-    """A column by name.
-
-    Raises:  DataError listing the columns there are; ``setting`` is the key that names another one, if any does
-    """
-    if name not in frame.column_names:
-        raise DataError(
-            f"this table has no column {name!r}",
-            where=where,
-            got=f"columns {', '.join(frame.column_names)}",
-            expected=f"a column {name!r}",
-            fix=nearest(name, frame.column_names) or (f"name it with {setting} = …" if setting else ""),
-        )
-    return frame[name]
+    def values(self, column: Any, where: str) -> np.ndarray[Any, Any]:
+        """(N,) float64, standardised; 0 where missing."""
+        if self.part == "missing":
+            return _is_missing(column)
+        raw = as_floats(column, self.column, where) if self.part == "value" else _date_part(column, self, where)
+        scaled = (raw - self.mean) / self.deviation
+        return np.where(np.isnan(scaled), 0.0, scaled)
 
 
 @dataclass(frozen=True)
@@ -147,12 +78,17 @@ class TableEncoding:
 
     target: str
     task: Literal["classification", "regression"]
-    numbers: tuple[str, ...]
-    means: tuple[float, ...]
-    deviations: tuple[float, ...]
+    features: tuple[NumberFeature, ...]
     categories: tuple[str, ...]
     vocabularies: tuple[tuple[str, ...], ...]
     classes: tuple[str, ...]
+    target_mean: float = 0.0
+    target_std: float = 1.0
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of the numbers, in their order."""
+        return tuple(feature.name for feature in self.features)
 
     @property
     def cardinalities(self) -> tuple[int, ...]:
@@ -167,60 +103,76 @@ class TableEncoding:
         read: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list | tuple) else value for name, value in data.items()
         }
-        return TableEncoding(**{**read, "vocabularies": tuple(tuple(words) for words in data["vocabularies"])})
+        features = tuple(NumberFeature(**row) for row in data["features"])
+        vocabularies = tuple(tuple(words) for words in data["vocabularies"])
+        return TableEncoding(**{**read, "features": features, "vocabularies": vocabularies})
 
 
-class Table(Dataset[Sample]):
-    """Rows of a CSV or Parquet file, or of a pyarrow.Table: numbers standardised, categories numbered.
+@dataclass(frozen=True)
+class TableOptions:
+    """How the columns are meant: left out, categories although they are numbers, names of the samples."""
 
-    A missing number becomes the mean, which is 0; a missing or unseen category becomes 0. Statistics and numbering are
-    those of ``rows`` (all by default), or those of ``like``, a Table or its encoding. With task "auto" a target of
-    texts, bools or at most 50 different whole numbers is a label, anything else is a number.
+    drop: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    id: str | None = None
+    form: Form = field(default_factory=Form)
+
+    @property
+    def without(self) -> set[str]:
+        return {*self.drop, *([self.id] if self.id else [])}
+
+
+class Table(KeyedData):
+    """Rows of a table's file, or of a pyarrow.Table: numbers standardised, categories numbered, dates as numbers.
+
+    A missing number becomes the mean, which is 0, and a number beside it says so where training rows lack some; a
+    missing or unseen category becomes 0. A date is its days and the sine and cosine of its place in the year, the week
+    and, where times are given, the day. Statistics and numbering are those of ``rows`` (all by default), or those of
+    ``like``, a Table or its encoding. With task "auto" a target of texts, bools or at most 50 different whole numbers
+    is a label, anything else is a number. ``categories`` are columns of numbers that only name something.
 
     Shapes:  "numbers" float32 (F,), "categories" int64 (G,), each where there are any; "label" int or "target" float32
     Raises:  DataError for a column that is missing or cannot be used, a row without a target, an unknown class
     """
 
-    threads = False
-
     def __init__(
         self,
-        source: str | Path | Frame,
+        source: Source,
         target: str,
         *,
         task: Task = "auto",
         like: Table | TableEncoding | Any = None,
         rows: Sequence[int] | Indices | None = None,
         drop: Sequence[str] = (),
+        categories: Sequence[str] = (),
+        id: str | None = None,
+        form: Form | None = None,
     ):
-        self.where = str(source) if isinstance(source, str | Path) else "a table in memory"
-        frame = read_frame(Path(source)) if isinstance(source, str | Path) else source
-        self._frame = frame
-        self._drop = tuple(drop)
+        self.where = where_of(source)
+        self._options = TableOptions(tuple(drop), tuple(categories), id, form or Form())
+        self._frame = frame = read_frame(source, self._options.form)
         self.rows = np.arange(frame.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
         known = _encoding_of(like, self.where)
-        for name in drop if known is None else ():
-            require_column(frame, name, self.where, "drop")
+        for setting, names in (("drop", drop), ("categories", categories)) if known is None else ():
+            for name in names:
+                require_column(frame, name, self.where, setting)
+        if id is not None:
+            check_ids(require_column(frame, id, self.where, "id"), id, self.where)
         require_column(frame, target, self.where, "target")
         chosen = frame if rows is None else frame.take(pa.array(self.rows))
         _check_target(chosen[target], target, self.rows, self.where)
-        self.encoding = known or _learn(chosen, target, task, set(drop), self.where)
+        self.encoding = known or _learn(chosen, target, task, self._options, self.where)
         self.columns = _encode(chosen, target, self.encoding, self.rows, self.where)
         self.schema = _schema_of(self.encoding)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return {name: int(column[index]) if name == "label" else column[index] for name, column in self.columns.items()}
-
     def read(self, index: int, key: ChanceKey) -> Sample:
         """One row. Nothing here is random."""
-        return self[index]
+        return {name: int(column[index]) if name == "label" else column[index] for name, column in self.columns.items()}
 
-    def read_batch(self, indices: np.ndarray[Any, Any], key: ChanceKey) -> Batch:
+    def read_batch(self, indices: Indices, key: ChanceKey) -> Batch:
         """Shapes: indices (B,) int64 → "numbers" (B, F), "categories" (B, G), "label" or "target" (B,)."""
         positions = torch.from_numpy(indices)
         return {name: torch.index_select(column, 0, positions) for name, column in self.columns.items()}
@@ -233,21 +185,26 @@ class Table(Dataset[Sample]):
             digest.update(bytes_of(column))
         return str(digest.hexdigest())
 
-    def without_augmentation(self) -> Table:
-        """Itself: there is none."""
-        return self
-
     def id_of(self, index: int) -> str:
-        """The row of the file, counted from 0."""
-        return f"row {self.rows[index]}"
+        """The row's id, or its place in the file, counted from 0."""
+        name = self._options.id
+        return str(self._frame[name][int(self.rows[index])]) if name else f"row {self.rows[index]}"
 
-    def divided(self, train: Indices, valid: Indices) -> tuple[Table, Table]:
-        """Two tables of these samples; the statistics are those of the first alone."""
-        task, target = self.encoding.task, self.encoding.target
-        first = Table(self._frame, target, task=task, rows=self.rows[train], drop=self._drop)
-        second = Table(self._frame, target, rows=self.rows[valid], like=first)
-        first.where = second.where = self.where
-        return first, second
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """The stored values of any column of the source, (N,): what splits by group or time go by."""
+        stored = require_column(self._frame, name, self.where, "data.split_by")
+        return np.asarray(stored.take(pa.array(self.rows)).to_numpy())
+
+    def learned_from(self, indices: Indices) -> Table:
+        """The same rows; statistics, numbering and classes are those of these samples alone."""
+        chosen = self._frame.take(pa.array(self.rows[indices]))
+        made = copy.copy(self)
+        made.encoding = _learn(chosen, self.encoding.target, self.encoding.task, self._options, self.where)
+        made.columns = _encode(
+            self._frame.take(pa.array(self.rows)), self.encoding.target, made.encoding, self.rows, self.where
+        )
+        made.schema = _schema_of(made.encoding)
+        return made
 
     @property
     def cardinalities(self) -> tuple[int, ...]:
@@ -255,7 +212,7 @@ class Table(Dataset[Sample]):
         return self.encoding.cardinalities
 
     @property
-    def labels(self) -> np.ndarray[Any, Any] | None:
+    def labels(self) -> Indices | None:
         """Class of each sample, (N,) int64; None for a regression."""
         return self.columns["label"].numpy() if "label" in self.columns else None
 
@@ -263,27 +220,16 @@ class Table(Dataset[Sample]):
 def _encoding_of(like: Any, where: str) -> TableEncoding | None:
     if like is None or isinstance(like, TableEncoding):
         return like
-    whole = getattr(like, "dataset", like)
-    encoding = getattr(whole, "encoding", None)
+    found = whole(like)
+    encoding = getattr(found, "encoding", None)
     if not isinstance(encoding, TableEncoding):
         raise DataError(
             "this is a table, and the training data are none",
             where=where,
             got="a table",
-            expected=f"data as in training, a {type(whole).__name__}",
+            expected=f"data as in training, a {type(found).__name__}",
         )
     return encoding
-
-
-def _is_number(kind: Any) -> bool:
-    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    return bool(numeric or pa.types.is_null(kind))
-
-
-def _is_category(kind: Any) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_category(kind.value_type)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind))
 
 
 def _check_target(column: Any, target: str, rows: Indices, where: str) -> None:
@@ -299,71 +245,103 @@ def _check_target(column: Any, target: str, rows: Indices, where: str) -> None:
         )
 
 
-def _learn(frame: Frame, target: str, task: Task, dropped: set[str], where: str) -> TableEncoding:
+def _learn(frame: Frame, target: str, task: Task, options: TableOptions, where: str) -> TableEncoding:
     """Statistics, vocabularies and classes of these rows."""
-    features = [name for name in frame.column_names if name != target and name not in dropped]
-    for name in features:
-        if not _is_number(frame[name].type) and not _is_category(frame[name].type):
+    columns = [name for name in frame.column_names if name != target and name not in options.without]
+    forced = set(options.categories)
+    for name in columns:
+        kind = frame[name].type
+        if not (is_number(kind) or is_category(kind) or is_date(kind)):
             raise DataError(
                 "a column cannot be used",
                 where=f"{where}: column {name!r}",
-                got=f"type {frame[name].type}",
-                expected="numbers, texts or bools",
+                got=f"type {kind}",
+                expected="numbers, texts, bools or dates",
                 fix=f'drop = ["{name}"]',
             )
-    numbers = [name for name in features if _is_number(frame[name].type)]
-    categories = [name for name in features if name not in numbers]
-    if not features:
+        if name not in forced:
+            check_one_kind(frame[name], name, where)
+    categories = [name for name in columns if name in forced or is_category(frame[name].type)]
+    if not columns:
         raise DataError("this table has no column beside its target", where=where, got=f"columns {frame.column_names}")
-    moments = [_moments(_floats(frame[name], name, where)) for name in numbers]
+    features = [f for name in columns if name not in categories for f in _features_of(frame[name], name, where)]
     found = _task_of(frame[target], task, f"{where}: column {target!r}")
+    mean, std = _moments(as_floats(frame[target], target, where)) if found == "regression" else (0.0, 1.0)
     return TableEncoding(
         target=target,
         task=found,
-        numbers=tuple(numbers),
-        means=tuple(mean for mean, _ in moments),
-        deviations=tuple(deviation for _, deviation in moments),
+        features=tuple(features),
         categories=tuple(categories),
-        vocabularies=tuple(tuple(_distinct(_texts(frame[name]))) for name in categories),
+        vocabularies=tuple(tuple(distinct(as_texts(frame[name]))) for name in categories),
         classes=tuple(_classes_of(frame[target])) if found == "classification" else (),
+        target_mean=mean,
+        target_std=std,
     )
 
 
+def _features_of(column: Any, name: str, where: str) -> list[NumberFeature]:
+    if is_date(column.type):
+        found = [_standardised(_date_part(column, NumberFeature(name, "days"), where), name, "days")]
+        cycles = [cycle for cycle in _CYCLES if cycle != "day" or _has_times(column)]
+        found += [NumberFeature(name, f"{cycle} {wave}") for cycle in cycles for wave in ("sin", "cos")]
+    else:
+        found = [_standardised(as_floats(column, name, where), name, "value")]
+    missing = _is_missing(column)
+    return [*found, NumberFeature(name, "missing")] if missing.any() and not missing.all() else found
+
+
+def _standardised(values: np.ndarray[Any, Any], name: str, part: str) -> NumberFeature:
+    mean, deviation = _moments(values)
+    return NumberFeature(name, part, mean, deviation)
+
+
+def _is_missing(column: Any) -> np.ndarray[Any, Any]:
+    missing = pc.is_null(column, nan_is_null=True) if pa.types.is_floating(column.type) else pc.is_null(column)
+    return np.asarray(missing.to_numpy(), np.float64)
+
+
+def _microseconds(column: Any) -> np.ndarray[Any, Any]:
+    """(N,) float64 since 1970, NaN where missing."""
+    times = pc.cast(pc.cast(column, pa.timestamp("us"), safe=False), pa.int64())
+    return np.asarray(pc.cast(times, pa.float64(), safe=False).to_numpy(), np.float64)
+
+
+def _date_part(column: Any, feature: NumberFeature, where: str) -> np.ndarray[Any, Any]:
+    if not is_date(column.type) and not pa.types.is_null(column.type):
+        raise DataError(
+            "a column of dates holds something else",
+            where=f"{where}: column {feature.column!r}",
+            got=f"type {column.type}",
+            expected="dates such as 2026-11-24 or 2026-11-24 18:30:00, as in the training table",
+        )
+    days = _microseconds(column) / _DAY_US
+    if feature.part == "days":
+        return days
+    cycle, _, wave = feature.part.partition(" ")
+    angle = 2 * np.pi * days / _CYCLES[cycle]
+    return np.sin(angle) if wave == "sin" else np.cos(angle)
+
+
+def _has_times(column: Any) -> bool:
+    if pa.types.is_date(column.type):
+        return False
+    times = _microseconds(column)
+    return bool((times[np.isfinite(times)] % _DAY_US != 0).any())
+
+
 def _task_of(column: Any, task: Task, where: str) -> Literal["classification", "regression"]:
-    if not _is_number(column.type) and not _is_category(column.type):
+    if not is_number(column.type) and not is_category(column.type):
         raise DataError(
             "this target cannot be used", where=where, got=f"type {column.type}", expected="texts or numbers"
         )
-    if task == "regression" and not _is_number(column.type):
+    if task == "regression" and not is_number(column.type):
         raise DataError("this target is no number", where=where, got=f"type {column.type}", expected="numbers")
     if task != "auto":
         return task
-    if _is_category(column.type):
+    if is_category(column.type):
         return "classification"
     few = pa.types.is_integer(column.type) and pc.count_distinct(column).as_py() <= _MAX_INTEGER_CLASSES
     return "classification" if few else "regression"
-
-
-def _floats(column: Any, name: str, where: str) -> np.ndarray[Any, Any]:
-    """(N,) float64, NaN where missing."""
-    try:
-        values = np.asarray(pc.fill_null(pc.cast(column, pa.float64(), safe=False), float("nan")).to_numpy())
-    except pa.ArrowException as error:
-        raise DataError(
-            "a column of numbers holds something else",
-            where=f"{where}: column {name!r}",
-            got=str(error).splitlines()[0],
-            expected="numbers, as in the training table",
-        ) from None
-    if np.isinf(values).any():
-        row = int(np.flatnonzero(np.isinf(values))[0])
-        raise DataError(
-            "a number is infinite",
-            where=f"{where}: column {name!r}, sample {row}",
-            got=values[row],
-            expected="a finite number, or an empty cell where it is missing",
-        )
-    return values
 
 
 def _moments(values: np.ndarray[Any, Any]) -> tuple[float, float]:
@@ -373,23 +351,10 @@ def _moments(values: np.ndarray[Any, Any]) -> tuple[float, float]:
     return float(known.mean()), float(known.std()) or 1.0  # a constant column becomes 0, not NaN
 
 
-def _texts(column: Any) -> Any:
-    """Categories and classes as texts: 3 → "3", 3.0 → "3", True → "true"."""
-    if pa.types.is_dictionary(column.type):
-        column = pc.cast(column, column.type.value_type)
-    if pa.types.is_floating(column.type) and pc.all(pc.equal(column, pc.floor(column))).as_py():
-        column = pc.cast(column, pa.int64())
-    return pc.cast(column, pa.string()).combine_chunks()
-
-
-def _distinct(texts: Any) -> list[str]:
-    return sorted(word for word in pc.unique(texts).to_pylist() if word is not None)
-
-
 def _classes_of(column: Any) -> list[str]:
-    words = _distinct(_texts(column))
+    words = distinct(as_texts(column))
     # "10" comes after "9" among numbers
-    return sorted(words, key=float) if _is_number(column.type) else words
+    return sorted(words, key=float) if is_number(column.type) else words
 
 
 def encode_inputs(frame: Frame, known: TableEncoding, where: str) -> dict[str, Tensor]:
@@ -399,8 +364,11 @@ def encode_inputs(frame: Frame, known: TableEncoding, where: str) -> dict[str, T
     Raises:  DataError for a missing column or one of another type
     """
     columns: dict[str, Tensor] = {}
-    if known.numbers:
-        columns["numbers"] = _encode_numbers(frame, known, where)
+    if known.features:
+        numbers = np.empty((frame.num_rows, len(known.features)), np.float32)
+        for place, feature in enumerate(known.features):
+            numbers[:, place] = feature.values(require_column(frame, feature.column, where, ""), where)
+        columns["numbers"] = torch.from_numpy(numbers)
     if known.categories:
         columns["categories"] = _encode_categories(frame, known, where)
     return columns
@@ -409,38 +377,22 @@ def encode_inputs(frame: Frame, known: TableEncoding, where: str) -> dict[str, T
 def _encode(frame: Frame, target: str, known: TableEncoding, rows: Indices, where: str) -> dict[str, Tensor]:
     columns = encode_inputs(frame, known, where)
     if known.task == "regression":
-        columns["target"] = torch.from_numpy(_floats(frame[target], target, where).astype(np.float32))
+        columns["target"] = torch.from_numpy(as_floats(frame[target], target, where).astype(np.float32))
     else:
         columns["label"] = _encode_labels(frame[target], target, known, rows, where)
     return columns
 
 
-def _encode_numbers(frame: Frame, known: TableEncoding, where: str) -> Tensor:
-    encoded = np.empty((frame.num_rows, len(known.numbers)), np.float32)
-    for column_idx, name in enumerate(known.numbers):
-        values = _floats(require_column(frame, name, where, ""), name, where)
-        scaled = (values - known.means[column_idx]) / known.deviations[column_idx]
-        encoded[:, column_idx] = np.where(np.isnan(values), 0.0, scaled)
-    return torch.from_numpy(encoded)
-
-
 def _encode_categories(frame: Frame, known: TableEncoding, where: str) -> Tensor:
     encoded = np.empty((frame.num_rows, len(known.categories)), np.int64)
-    for column_idx, name in enumerate(known.categories):
-        texts = _texts(require_column(frame, name, where, ""))
-        encoded[:, column_idx] = number_words(texts, known.vocabularies[column_idx]) + 1
+    for place, name in enumerate(known.categories):
+        texts = as_texts(require_column(frame, name, where, ""))
+        encoded[:, place] = number_words(texts, known.vocabularies[place]) + 1
     return torch.from_numpy(encoded)
-
-
-def number_words(texts: Any, vocabulary: Sequence[str]) -> Indices:
-    """Position of each text in the vocabulary, (N,) int64; -1 where it is missing or not in it."""
-    known = pa.array(list(vocabulary), pa.string())
-    found = pc.fill_null(pc.index_in(texts, value_set=known), -1)
-    return np.asarray(found.to_numpy(zero_copy_only=False), np.int64)
 
 
 def _encode_labels(column: Any, target: str, known: TableEncoding, rows: Indices, where: str) -> Tensor:
-    texts = _texts(column)
+    texts = as_texts(column)
     labels = number_words(texts, known.classes)
     unknown = np.flatnonzero(labels < 0)
     if unknown.size:
@@ -457,12 +409,12 @@ def _encode_labels(column: Any, target: str, known: TableEncoding, rows: Indices
 
 def _schema_of(encoding: TableEncoding) -> Schema:
     fields: dict[str, Field] = {}
-    if encoding.numbers:
-        fields["numbers"] = Field("number", (len(encoding.numbers),))
+    if encoding.features:
+        fields["numbers"] = Field("number", (len(encoding.features),))
     if encoding.categories:
         fields["categories"] = Field("tensor", (len(encoding.categories),))
     if encoding.task == "classification":
         fields["label"] = Field("label", (), encoding.classes, is_target=True)
     else:
-        fields["target"] = Field("number", (), is_target=True)
+        fields["target"] = Field("number", (), is_target=True, mean=encoding.target_mean, std=encoding.target_std)
     return Schema(fields)

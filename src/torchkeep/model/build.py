@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,77 +15,38 @@ from ..contracts import Schema
 from ..errors import ModelError, nearest
 from ..settings import Settings
 from ..usercode import is_reference
+from .audio import AudioConv
+from .images import ConvNet, ResNet18
+from .tables import Mlp
+from .text import TextConv, Transformer
 
 
 class ModelSettings(Settings):
     """[model]: which model, and what it is built with."""
 
     name: str
-    """"convnet", "mlp", or file.py:function relative to the recipe."""
+    """"convnet", "resnet18", "mlp", "textconv", "transformer", "audioconv", or file.py:function beside the recipe."""
     args: dict[str, Any] = Setting(default_factory=dict)
     """Further arguments of the model, by name."""
 
 
-class ConvNet(nn.Module):
-    """A small convolutional net: stages of two 3×3 convolutions with batch norm, halved in size between stages.
+class LinearInUnits(nn.Linear):
+    """A last layer whose outputs are in the target's own units: what it computes is standardised.
 
-    Shapes:  float (B, C, H, W) → logits (B, K)
+    Shapes:  (B, C) → (B, K), times ``std`` plus ``mean``
     """
 
-    def __init__(self, in_channels: int, num_classes: int, widths: Sequence[int] = (32, 64, 128), dropout: float = 0.1):
-        super().__init__()
-        stages: list[nn.Module] = []
-        channels = in_channels
-        for i, width in enumerate(widths):
-            if i:
-                stages.append(nn.MaxPool2d(2, ceil_mode=True))
-            stages += [*_convolution(channels, width), *_convolution(width, width)]
-            channels = width
-        self.features = nn.Sequential(*stages)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(channels, num_classes)
+    mean: Tensor
+    std: Tensor
 
-    def forward(self, image: Tensor) -> Tensor:
-        pooled = self.features(image).mean((2, 3))
-        logits: Tensor = self.head(self.dropout(pooled))
-        return logits
+    def __init__(self, layer: nn.Linear, mean: float, std: float):
+        super().__init__(layer.in_features, layer.out_features)
+        self.load_state_dict(layer.state_dict())
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
 
-
-def _convolution(c_in: int, c_out: int) -> list[nn.Module]:
-    return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
-
-
-class Mlp(nn.Module):
-    """A multi-layer perceptron over numbers, with an embedding for each category where there are any.
-
-    Shapes:  numbers float (B, …) and categories int64 (B, G) → (B, K)
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_outputs: int,
-        hidden: Sequence[int] = (128, 128),
-        dropout: float = 0.0,
-        cardinalities: Sequence[int] = (),
-    ):
-        super().__init__()
-        # min(50, (n + 1) // 2): the width that fastai's tabular models use for n values
-        self.embeddings = nn.ModuleList(nn.Embedding(n, min(50, (n + 1) // 2)) for n in cardinalities)
-        width = in_features + sum(min(50, (n + 1) // 2) for n in cardinalities)
-        layers: list[nn.Module] = []
-        for size in hidden:
-            layers += [nn.Linear(width, size), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
-            width = size
-        self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(width, num_outputs)
-
-    def forward(self, numbers: Tensor | None = None, categories: Tensor | None = None) -> Tensor:
-        parts = [] if numbers is None else [numbers.flatten(1)]
-        if categories is not None:
-            parts += [embedding(categories[:, i]) for i, embedding in enumerate(self.embeddings)]
-        logits: Tensor = self.head(self.layers(torch.cat(parts, 1) if len(parts) > 1 else parts[0]))
-        return logits
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float() * self.std + self.mean  # half precision would round the target's units
 
 
 def build_model(
@@ -96,8 +58,9 @@ def build_model(
 
     Raises:  ModelError if there is no such model, or if its function does not give an nn.Module
     """
+    sizes = _sizes(schema, cardinalities)
     if is_reference(settings.name):
-        return _call(load(settings.name), settings, {"num_classes": num_outputs(schema)})
+        return _call(load(settings.name), settings, sizes | {"num_classes": sizes["num_outputs"]})
     builder = BUILT_IN.get(settings.name)
     if builder is None:
         raise ModelError(
@@ -107,40 +70,64 @@ def build_model(
             expected=f"one of {', '.join(BUILT_IN)}, or file.py:function",
             fix=nearest(settings.name, list(BUILT_IN)),
         )
-    return _call(builder, settings, _sizes(settings.name, schema, cardinalities))
+    _check_inputs(settings.name, schema, sizes)
+    return _in_units(_call(builder, settings, sizes | {"num_classes": sizes["num_outputs"]}), schema)
 
 
-def _sizes(name: str, schema: Schema, cardinalities: Sequence[int]) -> dict[str, Any]:
+def _in_units(model: nn.Module, schema: Schema) -> nn.Module:
+    """A number is predicted in its own units: the last layer knows its mean and deviation."""
+    target = next((schema[name] for name in schema.targets), None)
+    if target is not None and target.kind == "number" and (target.mean, target.std) != (0.0, 1.0):
+        name = "fc" if hasattr(model, "fc") else "head"
+        setattr(model, name, LinearInUnits(getattr(model, name), target.mean, target.std))
+    return model
+
+
+def _sizes(schema: Schema, cardinalities: Sequence[int]) -> dict[str, Any]:
+    """What models are built with, as far as the data have it."""
     inputs = {key: schema[key] for key in schema.inputs}
-    image = next((field for field in inputs.values() if field.kind == "image"), None)
-    if name == "convnet":
-        if image is None or schema.preprocess is None:
-            raise ModelError(
-                "a convnet needs images",
-                where="model.name",
-                got=f"data with {', '.join(inputs) or 'no inputs'}",
-                expected="images",
-                fix='model.name = "mlp" takes numbers',
-            )
-        return {"in_channels": schema.preprocess.channels, "num_classes": num_outputs(schema)}
+    by_kind = {field.kind: field for field in inputs.values()}
+    sizes: dict[str, Any] = {"num_outputs": num_outputs(schema), "cardinalities": list(cardinalities)}
+    if schema.preprocess is not None:
+        sizes["in_channels"] = schema.preprocess.channels
+    if "tokens" in by_kind:
+        sizes["num_tokens"] = by_kind["tokens"].num_tokens
+        sizes["per_token"] = any(schema[name].kind == "tokens" for name in schema.targets)
+    if "audio" in by_kind and len(by_kind["audio"].shape or ()) == 2:
+        sizes["num_mels"] = (by_kind["audio"].shape or (None,))[0]
     shapes = [field.shape for key, field in inputs.items() if key != "categories"]
-    if any(shape is None for shape in shapes):
-        raise ModelError(
-            "an mlp needs inputs of one known size",
-            where="model.name",
-            got="images of unknown size",
-            expected="a size",
-            fix="set data.image_size",
-        )
-    in_features = sum(_numel(shape) for shape in shapes if shape is not None)
-    return {"in_features": in_features, "num_outputs": num_outputs(schema), "cardinalities": list(cardinalities)}
+    known = [shape for shape in shapes if shape is not None and None not in shape]
+    if len(known) == len(shapes):
+        sizes["in_features"] = sum(_numel(shape) for shape in known)
+    return sizes
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+_NEEDS = {
+    "convnet": ("in_channels", "images"),
+    "resnet18": ("in_channels", "images"),
+    "textconv": ("num_tokens", "texts"),
+    "transformer": ("num_tokens", "texts"),
+    "audioconv": ("num_mels", "recordings as log-mels"),
+    "mlp": ("in_features", "inputs of one known size"),
+}
+
+
+def _check_inputs(name: str, schema: Schema, sizes: dict[str, Any]) -> None:
+    size, what = _NEEDS[name]
+    if size in sizes:
+        return
+    fits = [other for other, (needed, _) in _NEEDS.items() if needed in sizes]
+    raise ModelError(
+        f"{name} needs {what}",
+        where="model.name",
+        got=f"data with {', '.join(schema.inputs) or 'no inputs'}",
+        expected=what,
+        fix=f'model.name = "{fits[0]}"' if fits else "set data.image_size" if name == "mlp" else "",
+    )
+
+
+def _numel(shape: tuple[int | None, ...]) -> int:
+    return math.prod(size or 0 for size in shape)
 
 
 def num_outputs(schema: Schema) -> int:
@@ -148,8 +135,10 @@ def num_outputs(schema: Schema) -> int:
     targets = [schema[name] for name in schema.targets]
     if not targets:
         return 1
-    if targets[0].kind == "label":
+    if targets[0].kind in ("label", "mask"):
         return max(1, targets[0].num_classes)
+    if targets[0].kind == "tokens":
+        return targets[0].num_tokens
     return _numel(targets[0].shape or ())
 
 
@@ -187,4 +176,11 @@ def _call(function: Callable[..., Any], settings: ModelSettings, sizes: dict[str
     return model
 
 
-BUILT_IN: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": Mlp}
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    "convnet": ConvNet,
+    "resnet18": ResNet18,
+    "mlp": Mlp,
+    "textconv": TextConv,
+    "transformer": Transformer,
+    "audioconv": AudioConv,
+}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contracts import INDEX, VALID, Batch
-from ..data.arrays import TARGETS
+from ..data.samples import TARGETS
 from ..errors import ModelError, SettingsError, nearest
 from ..model.describe import shape_text
 
@@ -18,6 +18,7 @@ Inputs = Keys | Callable[[Batch], Any]
 Call = Callable[[Batch], Any]
 
 _NOT_INPUT = (INDEX, VALID, "id")
+_OPTIONAL = ("attention_mask", "length")  # what padding adds: for models that ask for it
 
 
 class Binding:
@@ -58,7 +59,9 @@ class Binding:
         if callable(inputs):
             return _bind_callable(model, inputs), "inputs=(a function)"
         if inputs is None:
-            names = [name for name in keys if name not in self.targets and _can_feed(batch[name])]
+            known = [*keys, *self._parameters] if self._takes_all else self._parameters
+            usable = [name for name in keys if name not in _OPTIONAL or name in known]
+            names = [name for name in usable if name not in self.targets and _can_feed(batch[name])]
             names = names or (self.targets if is_chosen else [])  # targets="input": an autoencoder
         else:
             names = [inputs] if isinstance(inputs, str) else list(inputs)

@@ -90,6 +90,7 @@ class Mover:
         self._scale: Tensor | None = None
         if self._images and schema.preprocess is not None:
             self._scale, self._shift = _scale_and_shift(schema.preprocess, device)
+            self._wide_scale = self._scale / 257  # 65535 / 255: for images of 16 bits
 
     def __call__(self, batch: Batch) -> Batch:
         if not self._stays:
@@ -99,7 +100,8 @@ class Mover:
             for name in self._images:
                 image = batch.get(name)
                 if isinstance(image, Tensor) and not image.is_floating_point():
-                    batch[name] = image.float().mul_(self._scale).sub_(self._shift)
+                    scale = self._wide_scale if image.dtype == torch.uint16 else self._scale
+                    batch[name] = image.float().mul_(scale).sub_(self._shift)
         return batch
 
     def _moved(self, name: str, value: Any) -> Any:

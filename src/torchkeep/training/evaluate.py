@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import gradients
 from ..contracts import INDEX, Batch
-from ..data.foreign import kept_generators
+from ..data.generators import kept_generators
 from ..data.loader import Loader
 from ..errors import LabelError
 from ..model.freeze import evaluating

@@ -121,6 +121,22 @@ class MeanAbsoluteError(Metric):
         return torch.stack([error, error.new_tensor(target.numel())])
 
 
+class RSquared(Metric):
+    """The share of the targets' variance that is predicted: 1 - Σ(target - output)² / Σ(target - mean)²."""
+
+    def _measure(self, output: Tensor, target: Tensor) -> Tensor:
+        kind = torch.float32 if target.device.type == "mps" else torch.float64
+        truth, said = target.to(kind).flatten(), aligned(output, target).to(kind).flatten()
+        return torch.stack(
+            [truth.new_tensor(len(truth)), truth.sum(), truth.square().sum(), (truth - said).square().sum()]
+        )
+
+    def _finish(self, total: Tensor) -> float:
+        count, first, second, error = total.tolist()
+        spread = second - first * first / count
+        return 1 - error / spread if spread > 0 else float("nan")
+
+
 class Adapted:
     """A torchmetrics object, or anything with update, compute and reset."""
 
@@ -182,6 +198,7 @@ _NAMED: dict[str, Callable[[str], Metric]] = {
     "precision": ClassCounts,
     "recall": ClassCounts,
     "mean_absolute_error": MeanAbsoluteError,
+    "r2": RSquared,
 }
 
 

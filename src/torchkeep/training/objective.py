@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..contracts import Field
 from ..errors import LabelError, ModelError, SettingsError, nearest
 from ..model.describe import shape_text
 from .binding import Binding
@@ -83,9 +84,16 @@ class Objective:
 
 
 def choose_objective(
-    loss: Any, binding: Binding, batch_target: Any, class_weights: list[float] | None, label_smoothing: float
+    loss: Any,
+    binding: Binding,
+    batch_target: Any,
+    class_weights: list[float] | None,
+    label_smoothing: float,
+    field: Field | None = None,
 ) -> tuple[Objective, str]:
-    """The objective, and the reason where it was chosen.
+    """The objective, and the reason where it was chosen. ``field`` says what the target is, where the data know.
+
+    A squared error is divided by the variance of the training targets where that is known: 1 is the loss of their mean.
 
     Raises:  SettingsError for an unknown name, or for settings that only cross_entropy has
     """
@@ -94,7 +102,7 @@ def choose_objective(
         if isinstance(loss, nn.Module):
             loss.to(next((p.device for p in binding.model.parameters()), None))
         return Objective("own", loss), "as given"
-    name, reason = (loss, "as set") if loss not in (None, "auto") else _name_for(binding, batch_target)
+    name, reason = (loss, "as set") if loss not in (None, "auto") else _name_for(binding, batch_target, field)
     if name not in _NAMED:
         raise SettingsError(
             "there is no such loss",
@@ -110,12 +118,18 @@ def choose_objective(
     if name == "cross_entropy":
         weight = torch.tensor(class_weights) if class_weights else None
         return Objective(name, _CrossEntropy(weight, label_smoothing)), reason
+    if name == "mse" and field is not None and field.std != 1.0:
+        variance = field.std**2
+        reason += f"; divided by its variance {variance:.4g}"
+        return Objective(name, lambda output, target: _mean_squared_error(output, target) / variance), reason
     return Objective(name, _NAMED[name]), reason
 
 
-def _name_for(binding: Binding, target: Any) -> tuple[str, str]:
+def _name_for(binding: Binding, target: Any, field: Field | None) -> tuple[str, str]:
     if binding.makes_own_loss():
         return "output.loss", "the model takes the targets itself"
+    if field is not None and field.kind == "multilabel":
+        return "binary_cross_entropy", "a sample may have several classes"
     if isinstance(target, Tensor):
         if target.is_floating_point():
             return "mse", "the target is a number"

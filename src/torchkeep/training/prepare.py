@@ -12,11 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..contracts import Batch, Clock, Json, KeyedDataset, Schema
+from ..contracts import Batch, Clock, Json, KeyedDataset
 from ..data.arrays import Arrays
-from ..data.foreign import kept_generators
+from ..data.dataset import Part, whole
+from ..data.generators import kept_generators
 from ..data.loader import Backend, Loader, foreign_of
-from ..data.splits import Part
+from ..data.sources import described
+from ..data.streams import PROMISE, Stream
 from ..errors import ModelError, SettingsError
 from ..keep.checkpoint import Checkpoints
 from ..keep.stopping import EarlyStopping, Mode, better_mode
@@ -60,6 +62,7 @@ class Work:
     collate: Callable[[list[Any]], Any] | None = None
     load: Callable[[str], Any] = field(default=lambda name: None)
     is_recipe: bool = False
+    weights: Any = None
     resolved: Json = None
 
     def fingerprints(self) -> dict[str, str]:
@@ -97,8 +100,7 @@ class Prepared:
             )
         batch = self.loader.peek()
         self.mover = Mover(self.device, work.train.schema)
-        self._note_images(work.train.schema)
-        self._note_columns(getattr(work.train, "encoding", None))
+        self._note_data()
         self.binding, self.objective = self._bind(batch)
         self.metrics = make_metrics(work.metrics if work.metrics is not None else train.metrics)
         if work.step is None:
@@ -155,9 +157,10 @@ class Prepared:
         return Loader(
             data,
             work.batch_size,
-            shuffle=shuffle,
+            shuffle=shuffle and work.weights is None,
             collate=work.collate,
             seed=work.settings.seed,
+            weights=work.weights if shuffle else None,
             workers=workers,
             backend=backend,
             last=last,
@@ -200,6 +203,8 @@ class Prepared:
         value = plan.backend if not plan.workers else f"{plan.workers} {plan.backend}"
         self.decisions.note("feeding", value, plan.reason, "data.workers")
         foreign, valid = foreign_of(self.work.train), self.work.valid
+        if isinstance(self.work.train, Stream):
+            self.decisions.note("resume", "as the stream repeats", PROMISE)
         if foreign is not None and not foreign.probe.repeatable:
             reason = "the dataset draws from a generator of its own, which nobody can rewind"
             self.decisions.note("resume", "best-effort", reason)
@@ -207,22 +212,12 @@ class Prepared:
             reason = "what the training dataset draws cannot be left out of its validation part"
             self.decisions.note("validation", "augmented too", reason, "data.valid")
 
-    def _note_images(self, schema: Schema) -> None:
-        seen = schema.preprocess
-        if seen is not None:
-            self.decisions.note(
-                "images", f"mean {seen.mean[0]:g}, std {seen.std[0]:g}", "x / 255, then these", "data.mean"
-            )
-
-    def _note_columns(self, encoding: Any) -> None:
-        if encoding is None:
-            return
-        numbered = zip(encoding.categories, encoding.vocabularies, strict=True)
-        categories = ", ".join(f"{name} ({len(words):,} values)" for name, words in numbered)
-        self.decisions.note("numbers", ", ".join(encoding.numbers) or "none", "columns of numbers", "data.drop")
-        self.decisions.note("categories", categories or "none", "all other columns", "data.drop")
-        reason = f"column {encoding.target!r}: {len(encoding.classes) or 'no'} classes"
-        self.decisions.note("task", encoding.task, reason, "data.target")
+    def _note_data(self) -> None:
+        for row in described(self.work.train):
+            self.decisions.note(*row)
+        if self.loader.has_buckets:
+            reason = "batches of about equally long samples, mixed again: little is padded"
+            self.decisions.note("buckets", "by length", reason)
 
     def _bind(self, batch: Batch) -> tuple[Binding, Objective]:
         work, train = self.work, self.work.settings.train
@@ -231,7 +226,8 @@ class Prepared:
         known = work.train.schema.targets
         binding = Binding(work.model, batch, known, work.inputs, work.targets, with_targets=wants_own)
         target = binding.target(batch) if work.step is None else None
-        objective, reason = choose_objective(loss, binding, target, train.class_weights, train.label_smoothing)
+        field = work.train.schema.fields.get(binding.targets[0]) if len(binding.targets) == 1 else None
+        objective, reason = choose_objective(loss, binding, target, train.class_weights, train.label_smoothing, field)
         if work.step is None:
             override = "" if work.is_recipe else "inputs="
             self.decisions.note("inputs", binding.how, f"forward of {type(work.model).__name__}", override)
@@ -263,14 +259,13 @@ class Prepared:
 
     def _knows_classes(self) -> bool:
         # arrays only imply their classes: a head of ten may be trained on a part that has eight
-        data = self.work.train
-        return not isinstance(getattr(data, "dataset", data), Arrays)
+        return not isinstance(whole(self.work.train), Arrays)
 
     def _label_classes(self) -> int:
         """The classes that the outputs must tell apart, over all splits."""
         splits = [data for data in (self.work.train, self.work.valid, self.work.test) if data is not None]
         fields = [data.schema[name] for data in splits for name in data.schema.targets]
-        return max([field.num_classes for field in fields if field.kind == "label"] or [0])
+        return max([field.num_classes for field in fields if field.kind in ("label", "mask")] or [0])
 
     def _try_metrics(self, output: Any, target: Any) -> None:
         for metric in self.metrics:

@@ -36,7 +36,7 @@ class TrainSettings(Settings):
     label_smoothing: float = Setting(default=0.0, ge=0, lt=1)
     """The share of each label that is spread over all classes."""
     metrics: list[str] = Setting(default_factory=list)
-    """"accuracy", "top5" (any number), "f1", "precision", "recall", "mean_absolute_error"."""
+    """"accuracy", "top5" (any number), "f1", "precision", "recall", "mean_absolute_error", "r2"."""
     train_metrics: bool = False
     """Measure the metrics on the training batches too, as they are trained on."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

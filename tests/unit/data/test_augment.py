@@ -17,7 +17,7 @@ IMAGE = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
 def augmented(names: tuple[str, ...], key: ChanceKey, ids: list[int], image: np.ndarray = IMAGE) -> list[np.ndarray]:
     chosen = Augmentations(names)
     draws = chosen.draw(key, np.array(ids))
-    return [chosen.apply_named(image, draws, row, 24, 32) for row in range(len(ids))]
+    return [chosen.apply_named(image, draws, row, (24, 32)) for row in range(len(ids))]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +63,7 @@ def test_any_order_keeps_size_and_type(names: tuple[str, ...], channels: int) ->
 def test_tiny_images_can_be_augmented(side: int, name: str) -> None:
     chosen = Augmentations((name,))
     draws = chosen.draw(ChanceKey(), np.arange(1))
-    assert chosen.apply_named(IMAGE[:side, :side], draws, 0, side, side).shape == (side, side, 3)
+    assert chosen.apply_named(IMAGE[:side, :side], draws, 0, (side, side)).shape == (side, side, 3)
 
 
 def test_flips_are_flips_of_half_the_samples() -> None:
@@ -98,16 +98,16 @@ def test_a_callable_gets_the_sample_and_a_generator_of_its_own() -> None:
         return {**sample, "drawn": float(rng.random())}
 
     chosen = Augmentations(("horizontal_flip", noise, noise))
-    seen = [chosen.apply_all({"id": "a"}, IMAGE, ChanceKey(0, epoch), 7, (24, 32)) for epoch in (0, 0, 1)]
+    seen = [chosen.apply_all({"id": "a"}, {"image": IMAGE}, ChanceKey(0, epoch), 7, (24, 32)) for epoch in (0, 0, 1)]
     assert seen[0]["drawn"] == seen[1]["drawn"] != seen[2]["drawn"]
     assert seen[0]["image"].shape == (3, 24, 32)
     assert seen[0]["id"] == "a"
-    once = Augmentations((noise,)).apply_all({}, IMAGE, ChanceKey(), 7, (24, 32))["drawn"]
+    once = Augmentations((noise,)).apply_all({}, {"image": IMAGE}, ChanceKey(), 7, (24, 32))["drawn"]
     assert once != seen[0]["drawn"]
 
 
 @pytest.mark.parametrize("wrong", [lambda s, r: None, lambda s, r: {**s, "image": s["image"] / 255}])
 def test_a_callable_that_returns_no_sample_is_named(wrong: object) -> None:
     with pytest.raises(DataError) as caught:
-        Augmentations((wrong,)).apply_all({}, IMAGE, ChanceKey(), 0, (24, 32))
+        Augmentations((wrong,)).apply_all({}, {"image": IMAGE}, ChanceKey(), 0, (24, 32))
     assert "lambda" in caught.value.where

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from torchkeep.chance import ChanceKey
 from torchkeep.contracts import Schema
-from torchkeep.data.images import ImageFolder, ImageTable, encoded_images
+from torchkeep.data.dataset import Part
+from torchkeep.data.images import ImageFolder, ImageTable
 from torchkeep.data.loader import Loader
-from torchkeep.data.splits import Part
 from torchkeep.errors import BadSampleError, DataError
 
 REAL = Path(__file__).parents[3] / "../shared/data/hymenoptera"
@@ -252,7 +252,7 @@ def test_a_table_that_cannot_be_used_says_why(table: Make, tmp_path: Path) -> No
     with pytest.raises(DataError, match="label is missing"):
         table([png(0), png(1)], ["a", None])
     with pytest.raises(DataError, match="no labels"):
-        table([png(0)], [0.5])
+        table([png(0)], [b"bytes"])
     with pytest.raises(DataError, match="no images"):
         table([1], ["a"])
     table([png(0)], ["a"])
@@ -270,10 +270,11 @@ def test_a_tables_fingerprint_follows_bytes_and_labels(table: Make) -> None:
     assert len(set(prints)) == 3
 
 
-def test_images_without_labels_can_be_listed(table: Make, tmp_path: Path) -> None:
-    table([png(0), None], ["a", "b"])
-    listed = list(encoded_images(tmp_path / "t.parquet", "image"))
-    assert [read() for _, read in listed] == [png(0), b""]
+def test_images_need_no_labels(table: Make, tmp_path: Path) -> None:
+    table([png(0), png(1)], ["a", "b"])
+    data = ImageTable(tmp_path / "t.parquet", label=None)
+    assert list(data.schema) == ["image", "id"]
+    assert list(data.read_batch(np.array([1, 0]), ChanceKey()) or {}) == ["image"]
 
 
 def test_real_photographs_are_read_with_train_and_validation_alike() -> None:

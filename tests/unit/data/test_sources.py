@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from torchkeep.chance import ChanceKey
+from torchkeep.data.dataset import whole
 from torchkeep.data.images import ImageFolder, ImageTable
 from torchkeep.data.sources import DataSettings, open_data
 from torchkeep.data.tables import Table
@@ -68,10 +69,9 @@ def test_tables_hold_images_or_numbers(base: Path) -> None:
     assert isinstance(open_data(settings(train="images.parquet"), base, 0).train, ImageTable)
     assert isinstance(open_data(settings(train="names.csv", image="file"), base, 0).train, ImageTable)
     opened = open_data(settings(train="numbers.csv", target="label", valid_fraction=0.2, test="numbers.csv"), base, 0)
-    assert isinstance(opened.train, Table)
-    assert isinstance(opened.valid, Table)
-    assert isinstance(opened.test, Table)
-    assert opened.test.encoding == opened.train.encoding == opened.valid.encoding
+    tables = [whole(part) for part in (opened.train, opened.valid, opened.test)]
+    assert all(isinstance(table, Table) for table in tables)
+    assert tables[0].encoding == tables[1].encoding == tables[2].encoding
     assert (len(opened.train), len(opened.valid), len(opened.test)) == (16, 4, 20)
     with pytest.raises(DataError) as caught:
         open_data(settings(train="numbers.csv"), base, 0)

@@ -8,8 +8,9 @@ import torch
 
 from torchkeep.chance import ChanceKey
 from torchkeep.data.arrays import Arrays
+from torchkeep.data.dataset import Part
 from torchkeep.data.foreign import as_dataset
-from torchkeep.data.splits import Part, split, split_indices
+from torchkeep.data.splits import split, split_indices
 from torchkeep.errors import DataError
 
 

@@ -1,0 +1,317 @@
+"""Recordings in class folders or tables: decoded, brought to one rate, made into log-mels when a batch needs them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+
+from ..chance import ChanceKey
+from ..contracts import Batch, Field, Sample, Schema
+from ..errors import BadSampleError, DataError, SettingsError
+from .blobs import Blobs, Cells, FrameRows, ListedFiles, folder_of
+from .dataset import Indices, KeyedData, target_of, whole_of
+from .frames import Form, Source, read_frame, where_of
+from .index import Layout, list_folder
+from .labels import Labels, labels_of_classes, labels_of_column
+from .mel import POWER_FLOOR, log_mel, num_frames
+from .samples import padded
+from .sounds import Augmentation, SoundAugmentations
+
+Wave = np.ndarray[Any, np.dtype[np.float32]]
+Channels = Literal[1, 2, "mix"]
+Features = Literal["log_mel", "waveform"]
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga")
+MAX_SAMPLES = 1 << 28  # of one recording, over all channels: a gigabyte of float32; 1.5 hours at 48 kHz
+
+_SILENCE = float(np.log(POWER_FLOOR))
+
+
+class Clips(KeyedData):
+    """What the sources of recordings share. ``blobs`` are the encoded recordings.
+
+    Options: ``sample_rate`` in Hz (that of the first recording where nothing is said; others are resampled);
+    ``channels`` 1, 2, or "mix" to average several into one; ``seconds``, a fixed length (longer ones are cut about
+    their middle, shorter ones end in silence; without it a batch is padded to its longest); ``features`` "log_mel" or
+    "waveform"; ``num_mels``; ``augment``; ``like``, a dataset whose classes and options are taken over.
+
+    Shapes:  "audio" float32 (M, T) of log-mels, (T,) of one channel, (C, T) of several; in a batch with "length" int64
+             (B,), the frames or samples that are the clip's own, where clips have several lengths
+    """
+
+    threads = True  # decoding, resampling and the transforms release the GIL
+    sample_rate: int
+    seconds: float | None
+    num_mels: int
+
+    def __init__(
+        self,
+        blobs: Blobs,
+        labels: Labels | None,
+        where: str,
+        *,
+        sample_rate: int | None = None,
+        channels: Channels | None = None,
+        seconds: float | None = None,
+        features: Features | None = None,
+        num_mels: int | None = None,
+        augment: Sequence[Augmentation] = (),
+        like: Any = None,
+    ):
+        known = whole_of(like, Clips, "a dataset of recordings", where)
+        self.blobs, self._labels, self.where = blobs, labels, where
+        self.channels: Channels = channels or (known.channels if known else 1)
+        self.features: Features = features or (known.features if known else "log_mel")
+        self.num_mels = num_mels or (known.num_mels if known else 64)
+        self.seconds = seconds or (known.seconds if known else None)
+        self.augmentations = SoundAugmentations(tuple(augment), self.features == "log_mel")
+        self.threads = not self.augmentations.has_callable
+        if self.features == "log_mel" and self.channels == 2:
+            raise SettingsError(
+                "log-mels are made of one channel", where="channels", got=2, expected='1 or "mix"',
+                fix='features = "waveform" keeps two',
+            )  # fmt: skip
+        self.sample_rate = sample_rate or (known.sample_rate if known else self._decoded(0, self._where(0))[1])
+        self.schema = self._schema()
+
+    def _schema(self) -> Schema:
+        size = round(self.seconds * self.sample_rate) if self.seconds else None
+        if self.features == "log_mel":
+            shape: tuple[int | None, ...] = (self.num_mels, num_frames(size, self.sample_rate) if size else None)
+        else:
+            shape = (2, size) if self.channels == 2 else (size,)
+        fields = {"audio": Field("audio", shape)}
+        if self._labels is not None:
+            fields[self._labels.key] = self._labels.field
+        return Schema({**fields, "id": Field("object")})
+
+    def __len__(self) -> int:
+        return len(self.blobs)
+
+    def _where(self, index: int, key: ChanceKey | None = None) -> str:
+        epoch = f", epoch {key.epoch + 1}" if key is not None else ""
+        return f"{self.where}: {self.id_of(index)} (sample {index}{epoch})"
+
+    def read(self, index: int, key: ChanceKey) -> Sample:
+        """One sample: {"audio": float32, "label": …, "id": str}.
+
+        Raises:  BadSampleError where the recording cannot be decoded, is empty, or has other channels than stated
+        """
+        audio = self._audio([self.wave(index, key)], np.array([index]), key)[0]
+        sample: Sample = {"audio": torch.from_numpy(audio)}
+        if self._labels is not None:
+            sample[self._labels.key] = self._labels.of(index)
+        sample["id"] = self.id_of(index)
+        return self.augmentations.apply_callables(sample, key, index)
+
+    def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
+        """Shapes:  indices (B,) → "audio" (B, …, T), "label" (B,), "length" (B,) where clips have several lengths"""
+        if self.augmentations.has_callable:
+            return None
+        batch = self._padded(self._audio([self.wave(index, key) for index in indices.tolist()], indices, key))
+        return batch if self._labels is None else batch | {self._labels.key: self._labels.batch(indices)}
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """A batch of samples, padded to the longest."""
+        rest = [{name: value for name, value in sample.items() if name != "audio"} for sample in samples]
+        return self._padded([sample["audio"].numpy() for sample in samples]) | super().collate(rest)
+
+    def _padded(self, audio: list[Wave]) -> Batch:
+        held = padded(audio, _SILENCE if self.features == "log_mel" else 0.0)
+        if self.seconds:
+            return {"audio": held}
+        return {"audio": held, "length": torch.tensor([part.shape[-1] for part in audio])}
+
+    def wave(self, index: int, key: ChanceKey) -> Wave:
+        """The samples at the dataset's rate and length, augmented. Shapes: float32 (C, T)."""
+        where = self._where(index, key)
+        wave, rate = self._decoded(index, where)
+        if rate != self.sample_rate:
+            wave = _resampled(wave, rate, self.sample_rate)
+        if self.seconds:
+            wave = self._cut(wave, index, key)
+        return self.augmentations.apply_to_wave(wave, key, index, self.sample_rate)
+
+    def _cut(self, wave: Wave, index: int, key: ChanceKey) -> Wave:
+        size = round((self.seconds or 0) * self.sample_rate)
+        spare = wave.shape[1] - size
+        if spare > 0:
+            start = self.augmentations.crop_start(spare, key, index)
+            return wave[:, start : start + size]
+        return np.pad(wave, ((0, 0), (0, -spare)))
+
+    def _decoded(self, index: int, where: str) -> tuple[Wave, int]:
+        wave, rate = decode_audio(self.blobs.read(index, where), where)
+        if self.channels == "mix":
+            return wave.mean(0, keepdims=True, dtype=np.float32), rate
+        if len(wave) != self.channels:
+            raise BadSampleError(
+                "this recording has other channels than stated",
+                where=where,
+                got=f"{len(wave)} channels",
+                expected=f"{self.channels}",
+                fix='channels = "mix" averages them into one' if self.channels == 1 else "",
+            )
+        return wave, rate
+
+    def _audio(self, waves: list[Wave], indices: Indices, key: ChanceKey) -> list[Wave]:
+        """What the model gets of each wave. All log-mels of a batch are made in one transform."""
+        if self.features == "waveform":
+            return [wave if self.channels == 2 else wave[0] for wave in waves]
+        held = np.zeros((len(waves), max(wave.shape[1] for wave in waves)), np.float32)
+        for row, wave in zip(held, waves, strict=True):
+            row[: wave.shape[1]] = wave[0]
+        mels = log_mel(held, self.sample_rate, self.num_mels)
+        counts = [num_frames(wave.shape[1], self.sample_rate) for wave in waves]
+        parts = [mel[:, :count] for mel, count in zip(mels, counts, strict=True)]
+        return [
+            self.augmentations.apply_to_mel(part, key, index)
+            for part, index in zip(parts, indices.tolist(), strict=True)
+        ]
+
+    def without_augmentation(self) -> Clips:
+        """A copy that shares everything but the augmentations."""
+        plain = copy.copy(self)
+        plain.augmentations = SoundAugmentations((), self.features == "log_mel")
+        plain.threads = True
+        return plain
+
+    def id_of(self, index: int) -> str:
+        return self.blobs.id_of(index)
+
+    def fingerprint(self) -> str:
+        """xxh3 of the recordings' names, sizes or bytes, of what is made of them, and of the labels."""
+        made = (self.sample_rate, self.channels, self.seconds, self.features, self.num_mels)
+        digest = xxhash.xxh3_128(repr(made).encode())
+        self.blobs.absorb(digest)
+        if self._labels is not None:
+            self._labels.absorb(digest)
+        return str(digest.hexdigest())
+
+    @property
+    def labels(self) -> Indices | None:
+        return self._labels.classes if self._labels is not None else None
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any] | None:
+        """Bytes of each recording, near enough to its length for buckets; None where all are cut to one."""
+        return None if self.seconds else getattr(self.blobs, "sizes_bytes", None)
+
+
+class AudioFolder(Clips):
+    """``root/CLASS/any/where/name.wav``, also .flac and .ogg: the classes are the folders, in sorted order.
+
+    With ``label_pattern``, a regular expression, the class is its group "label" in each name. Further options are
+    those of ``Clips``.
+    Raises:  DataError for a missing or empty root, no class folders, a class that ``like`` does not know
+    """
+
+    def __init__(
+        self, root: str | Path, *, label_pattern: str | None = None, follow_links: bool = False, **options: Any
+    ):
+        where = str(root)
+        listing = list_folder(Path(root), Layout(AUDIO_SUFFIXES, "recordings", True, label_pattern, follow_links))
+        field = target_of(whole_of(options.get("like"), Clips, "a dataset of recordings", where))
+        labels = labels_of_classes(listing.labels, listing.classes, field, where)
+        self.listing = listing
+        super().__init__(ListedFiles(listing), labels, where, **options)
+
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """What a group of ``label_pattern`` finds in each name, (N,) texts."""
+        return self.listing.column(name)
+
+
+class AudioTable(FrameRows, Clips):
+    """A table whose ``audio`` column holds encoded recordings or names of files, and ``label`` what is to be predicted.
+
+    A recording is bytes, a struct {bytes, path}, or a name relative to ``root``, the table's folder where nothing is
+    said. ``label=None`` for none. Further options are those of ``Clips``.
+    Raises:  DataError for a missing table or column, a row without a label, a class that ``like`` does not know
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        audio: str = "audio",
+        label: str | None = "label",
+        id: str | None = None,
+        root: str | Path | None = None,
+        separator: str | None = None,
+        form: Form | None = None,
+        identity: str = "",
+        **options: Any,
+    ):
+        where, folder = where_of(source), folder_of(source, root)
+        frame = read_frame(source, form or Form())
+        labels = None
+        if label is not None:
+            labels = labels_of_column(
+                frame,
+                label,
+                where,
+                target_of(whole_of(options.get("like"), Clips, "a dataset of recordings", where)),
+                separator,
+            )
+        self._keep(frame, [audio], id, where)
+        super().__init__(Cells(frame, audio, folder, where, "recordings", identity), labels, where, **options)
+
+
+def decode_audio(data: bytes, where: str) -> tuple[Wave, int]:
+    """The samples of a recording and its rate in Hz.
+
+    Shapes:  float32 (C, T), full scale is 1
+    Raises:  BadSampleError for bytes that are no whole WAV, FLAC or OGG, hold nothing, or more than MAX_SAMPLES
+    """
+    soundfile = _library("soundfile")
+    try:
+        with soundfile.SoundFile(BytesIO(data)) as file:
+            if file.frames * file.channels > MAX_SAMPLES:
+                raise ValueError(f"{file.frames:,} samples of {file.channels} channels; the limit is {MAX_SAMPLES:,}")
+            expected, rate = file.frames, int(file.samplerate)
+            wave = file.read(dtype="float32", always_2d=True).T
+    except Exception as error:
+        got = f"{len(data):,} bytes" + (f", {str(error).strip().splitlines()[0]}" if data else "")
+        raise _not_decoded(where, got) from None
+    if wave.shape[1] == 0 or wave.shape[1] < expected:
+        raise _not_decoded(where, f"{wave.shape[1]:,} of {expected:,} samples")
+    if not np.isfinite(wave).all():
+        raise _not_decoded(where, "samples that are not finite")
+    return np.ascontiguousarray(wave), rate
+
+
+def _not_decoded(where: str, got: str) -> BadSampleError:
+    return BadSampleError(
+        "this recording cannot be decoded",
+        where=where,
+        got=got,
+        expected="a complete WAV, FLAC or OGG",
+        fix="mend or remove this recording and start a new run: other data make another run",
+    )
+
+
+def _resampled(wave: Wave, rate: int, wanted: int) -> Wave:
+    resampled: Wave = _library("soxr").resample(wave.T, rate, wanted).T
+    return np.ascontiguousarray(resampled, np.float32)
+
+
+def _library(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:  # soundfile brings a library of the system's, and says OSError
+        raise DataError(
+            "a library for recordings is missing",
+            where=name,
+            got=error,
+            expected=f"the package {name}",
+            fix="pip install 'torchkeep[audio]'",
+        ) from None

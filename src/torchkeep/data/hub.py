@@ -1,0 +1,268 @@
+"""Hugging Face datasets, by name or from a local folder, read by the datasets of this wing.
+
+What they hold is an Arrow table that is mapped from the disk: it goes to the same classes as any other table, so that
+decoding, tokens, augmentation, labels and the loader are the ones that all data have. With ``streaming`` samples come
+one after another; such a stream cannot promise what an order by number can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..chance import ChanceKey, keyed_seed
+from ..contracts import KeyedDataset, Sample
+from ..errors import DataError, nearest
+from .audio import AudioTable
+from .dataset import Part
+from .frames import Frame, is_text
+from .images import ImageTable
+from .streams import Stream
+from .tables import Table
+from .text import TextTable
+
+Kind = Literal["image", "audio", "text", "table"]
+
+_NAME = re.compile(r"(?:hf:)?(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+_TEXT_COLUMNS = ("text", "sentence", "content")
+_LABEL_COLUMNS = ("label", "labels", "target", "category")
+_AT_ONCE = 64  # examples of a stream that are made into one small table
+
+
+@dataclass(frozen=True)
+class HubFrame:
+    """One split: its table, what to call it, what names its content, and whether it can be read by number."""
+
+    frame: Frame
+    where: str
+    identity: str
+
+
+def is_hub_name(name: str) -> bool:
+    return name.startswith("hf:")
+
+
+class HubDataset(Part):
+    """A dataset of Hugging Face: "hf:NAME", "hf:NAME:CONFIG@SPLIT", or a folder that ``save_to_disk`` wrote.
+
+    The kind ("image", "audio", "text" or "table") and the columns are found by their features, or named: ``column``
+    is the one with the images, recordings or texts, ``label`` what is to be predicted. Other options go to the dataset
+    of that kind, which is ``dataset``.
+
+    Raises:  DataError for a name that is not there, a split it does not have, or columns that are not what is needed
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        split: str | None = None,
+        *,
+        kind: Kind | Literal["auto"] = "auto",
+        column: str | None = None,
+        label: str | None = None,
+        **options: Any,
+    ):
+        held = open_hub(str(name), split or "train")
+        opened = open_hub_frame(held, kind, column, label, **options)
+        super().__init__(opened, np.arange(len(opened)))
+
+
+def open_hub(name: str, split: str) -> HubFrame:
+    """The table of one split; ``split`` is taken where the name has none.
+
+    Raises:  DataError where the library, the dataset or the split is missing
+    """
+    loaded, where = _loaded(name, split, streaming=False)
+    if loaded._indices is not None:
+        loaded = loaded.flatten_indices()
+    described = loaded.features.arrow_schema.metadata
+    return HubFrame(loaded.data.table.replace_schema_metadata(described), where, str(loaded._fingerprint))
+
+
+def open_hub_frame(
+    held: HubFrame, kind: Kind | Literal["auto"], column: str | None, label: str | None, **options: Any
+) -> KeyedDataset:
+    """The dataset of this wing that reads a table of Hugging Face's.
+
+    Raises:  DataError where a column is missing
+    """
+    found, name = _kind_of(held.frame, kind, column)
+    if label is None:
+        label = next((known for known in _LABEL_COLUMNS if known in held.frame.column_names), "label")
+    made: Any
+    if found == "table":
+        made = Table(held.frame, label, **options)
+    elif found == "text":
+        made = TextTable(held.frame, text=name, target=label, identity=held.identity, **options)
+    elif found == "image":
+        made = ImageTable(held.frame, image=name, label=label, identity=held.identity, **options)
+    else:
+        made = AudioTable(held.frame, audio=name, label=label, identity=held.identity, **options)
+    made.where = held.where
+    return cast(KeyedDataset, made)
+
+
+def _kind_of(frame: Frame, kind: Kind | Literal["auto"], column: str | None) -> tuple[Kind, str]:
+    """What the table holds, and the column that holds it."""
+    features = _features(frame)
+    for wanted, feature in (("image", "Image"), ("audio", "Audio")):
+        names = [name for name, described in features.items() if described.get("_type") == feature]
+        if names and kind in ("auto", wanted):
+            return cast(Kind, wanted), column or names[0]
+    texts = [name for name in frame.column_names if is_text(frame[name].type)]
+    known = [name for name in _TEXT_COLUMNS if name in texts]
+    if kind == "text" or (kind == "auto" and (known or column in texts)):
+        return "text", column or (known or texts or ["text"])[0]
+    return (kind if kind != "auto" else "table"), column or (kind if kind != "auto" else "")
+
+
+def hub_kind(name: str, split: str, streaming: bool) -> Kind:
+    """What a dataset holds, by its features.
+
+    Raises:  DataError as ``open_hub``
+    """
+    loaded, _ = _loaded(name, split, streaming)
+    if loaded.features is None:
+        return "text"
+    schema = loaded.features.arrow_schema
+    return _kind_of(schema.empty_table(), "auto", None)[0]
+
+
+def _features(frame: Frame) -> dict[str, Any]:
+    import orjson
+
+    described = (frame.schema.metadata or {}).get(b"huggingface")
+    return dict(orjson.loads(described)["info"]["features"]) if described else {}
+
+
+def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise DataError("this is no name of a dataset", where=name, expected="hf:NAME, hf:NAME:CONFIG@SPLIT")
+    datasets = _library()
+    wanted, folder = found["split"] or split, Path(found["name"]).expanduser()
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(folder))
+            if streaming:
+                loaded = loaded[wanted] if isinstance(loaded, dict) else loaded
+                return loaded.to_iterable_dataset(), name
+        else:
+            given = {"path": str(folder) if folder.exists() else found["name"], "name": found["config"]}
+            loaded = datasets.load_dataset(**given, split=None, streaming=streaming)
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise DataError(
+            "this dataset cannot be opened",
+            where=name,
+            got=f"{type(error).__name__}: {said}"[:300],
+            expected="a dataset of the hub or of this disk, as hf:NAME, hf:NAME:CONFIG or hf:FOLDER",
+        ) from None
+    return _split_of(loaded, wanted, name), f"{name} ({wanted})"
+
+
+def _split_of(loaded: Any, wanted: str, name: str) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    if wanted not in loaded:
+        near = nearest(wanted, list(loaded))
+        raise DataError(
+            "this dataset has no such split",
+            where=name,
+            got=repr(wanted),
+            expected=f"one of {', '.join(loaded)}",
+            fix=near or f"{name.partition('@')[0]}@{next(iter(loaded))}",
+        )
+    return loaded[wanted]
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            "the library for Hugging Face datasets is missing",
+            where="datasets",
+            got=error,
+            expected="the package datasets",
+            fix="pip install 'torchkeep[hf]'",
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets
+
+
+class HubStream(Stream):
+    """A dataset of Hugging Face as a stream: "hf:NAME" with ``streaming``. One epoch is ``length`` samples.
+
+    The samples are those of ``HubDataset``; options are those of the dataset of its kind. A vocabulary cannot be
+    learned from a stream: texts need tokenizer "bytes" or one of Hugging Face.
+
+    Raises:  DataError as ``HubDataset``, and where ``length`` is not known
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str | None = None,
+        *,
+        length: int | None = None,
+        buffer: int = 1024,
+        kind: Kind | Literal["auto"] = "auto",
+        column: str | None = None,
+        label: str | None = None,
+        **options: Any,
+    ):
+        source, self._name = _loaded(name, split or "train", streaming=True)
+        self._arrow = source.features.arrow_schema if source.features is not None else None
+        first = list(islice(iter(_undecoded(source)), _AT_ONCE))
+        if not first:
+            raise DataError("the stream is empty", where=name, got="0 samples")
+
+        def make(rows: list[dict[str, Any]], like: Any) -> KeyedDataset:
+            given = options if like is None else {**options, "like": like}
+            return open_hub_frame(HubFrame(self._table(rows), self._name, ""), kind, column, label, **given)
+
+        self._make: Callable[[list[dict[str, Any]], Any], KeyedDataset] = make
+        self.reader = make(first, options.get("like"))
+        super().__init__(_undecoded(source), None, length, buffer)
+        self.schema = self.reader.schema
+
+    def _table(self, rows: list[dict[str, Any]]) -> Frame:
+        table = pa.Table.from_pylist(rows)
+        if self._arrow is None:
+            return table
+        named = {name: table[name] for name in self._arrow.names}
+        columns = [pc.cast(column, self._arrow.field(name).type) for name, column in named.items()]
+        return pa.table(dict(zip(named, columns, strict=True))).replace_schema_metadata(self._arrow.metadata)
+
+    def _named(self, key: ChanceKey) -> Iterator[Sample]:
+        source = self._raw(key)
+        for number, rows in enumerate(iter(lambda: list(islice(source, _AT_ONCE)), [])):
+            held = self._make(rows, self.reader)
+            # a sample's chance is that of its place in the stream: each stretch has a key of its own
+            chance = ChanceKey(keyed_seed(key, "stream/augment", number), key.epoch)
+            for place in range(len(held)):
+                sample = held.read(place, chance)
+                yield {name: value for name, value in sample.items() if name != "id"}
+
+    def collate(self, samples: list[Sample]) -> Any:
+        """A batch of samples, as the dataset of its kind makes it."""
+        return self.reader.collate(samples)  # type: ignore[attr-defined]
+
+
+def _undecoded(source: Any) -> Any:
+    """Images and recordings as their bytes: they are decoded here, as all others are."""
+    import datasets
+
+    for name, feature in (source.features or {}).items():
+        if isinstance(feature, datasets.Image | datasets.Audio):
+            source = source.cast_column(name, type(feature)(decode=False))
+    return source

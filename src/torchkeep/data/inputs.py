@@ -1,0 +1,172 @@
+"""Files and tables that a trained model is asked about: the datasets of training, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..chance import ChanceKey
+from ..contracts import Batch, KeyedDataset
+from ..errors import BadSampleError, DataError
+from ..settings import check
+from .audio import AUDIO_SUFFIXES, AudioTable, Clips
+from .blobs import read_file
+from .dataset import whole
+from .frames import column_names, is_table, read_frame
+from .images import IMAGE_SUFFIXES, Images, ImageTable
+from .sources import DataSettings
+from .tables import Table, encode_inputs
+from .text import TEXT_SUFFIXES, TextFiles, Texts, TextTable
+
+
+@dataclass(frozen=True)
+class InputBatch:
+    """Some inputs in order: their names, the batch of those that can be read, and what is wrong with the others."""
+
+    names: list[str]
+    batch: Batch | None
+    problems: dict[int, str]
+
+
+class NamedFiles:
+    """Files by their paths, as ``Blobs``."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int, where: str) -> bytes:
+        return read_file(self._paths[index], where)
+
+    def id_of(self, index: int) -> str:
+        return str(self._paths[index]).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+    def absorb(self, digest: Any) -> None:
+        digest.update("\0".join(map(self.id_of, range(len(self)))).encode())
+
+    @property
+    def sizes_bytes(self) -> Any:
+        return None
+
+
+def input_batches(
+    paths: Sequence[Path], like: KeyedDataset, settings: DataSettings | None, batch_size: int
+) -> Iterator[InputBatch]:
+    """Batches of what the paths name, in order: files, folders of files, tables.
+
+    Raises:  DataError for a path that is not there, or of a kind that the training data are not
+    """
+    held = whole(like)
+    held = getattr(held, "reader", held)
+    settings = settings or check(DataSettings, {"train": ""}, "predict")
+    form = settings.form
+    waiting: list[Path] = []
+    for path in list(_expanded(paths, held)):  # all of them are looked for before the first is read
+        if is_table(path, form) and path.suffix.lower() not in TEXT_SUFFIXES:
+            yield from _file_batches(waiting, held, batch_size)
+            waiting = []
+            yield from _table_batches(path, held, settings, batch_size)
+        else:
+            waiting.append(path)
+    yield from _file_batches(waiting, held, batch_size)
+
+
+def _expanded(paths: Sequence[Path], held: Any) -> Iterator[Path]:
+    suffixes = _suffixes(held)
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+            if not found:
+                raise DataError(
+                    "there is nothing in this folder that the model takes",
+                    where=path,
+                    expected=f"files that end in {', '.join(suffixes) or '.csv, .parquet'}",
+                )
+            yield from found
+        elif path.is_file():
+            yield path
+        else:
+            raise DataError("there is no such input", where=path, got="no such file or folder")
+
+
+def _suffixes(held: Any) -> tuple[str, ...]:
+    if isinstance(held, Images):
+        return IMAGE_SUFFIXES
+    return AUDIO_SUFFIXES if isinstance(held, Clips) else TEXT_SUFFIXES if isinstance(held, Texts) else ()
+
+
+def _file_batches(paths: list[Path], held: Any, batch_size: int) -> Iterator[InputBatch]:
+    if not paths:
+        return
+    files = NamedFiles(paths)
+    made: Any = None
+    if isinstance(held, Images):
+        made = Images(files, None, "inputs", like=held)
+    elif isinstance(held, Clips):
+        made = Clips(files, None, "inputs", like=held)
+    elif isinstance(held, Texts):
+        made = Texts(TextFiles(files, "inputs"), None, "inputs", like=held)
+    if made is None:
+        raise DataError(
+            "this model does not take files", where=paths[0], got="a file", expected="a .csv or .parquet table"
+        )
+    yield from _read(made, batch_size)
+
+
+def _table_batches(path: Path, held: Any, settings: DataSettings, batch_size: int) -> Iterator[InputBatch]:
+    named, shared = column_names(path, settings.form), {"form": settings.form, "like": held}
+    column = settings.image
+    made: Any = None
+    if isinstance(held, Table):
+        yield from _encoded(path, held, settings, batch_size)
+        return
+    if isinstance(held, Images):
+        made = ImageTable(path, image=column, label=None, **shared) if column in named else None
+    elif isinstance(held, Clips):
+        column = settings.audio or "audio"
+        made = AudioTable(path, audio=column, label=None, **shared) if column in named else None
+    elif isinstance(held, Texts):
+        column = settings.text or "text"
+        made = TextTable(path, text=column, target=None, **shared) if column in named else None
+    if made is None:
+        raise DataError(
+            "this model does not take this table",
+            where=path,
+            got=f"columns {', '.join(named[:20])}",
+            expected=f"a column {column!r}, as in training",
+        )
+    yield from _read(made, batch_size, str(path))
+
+
+def _encoded(path: Path, held: Table, settings: DataSettings, batch_size: int) -> Iterator[InputBatch]:
+    columns = encode_inputs(read_frame(path, settings.form), held.encoding, str(path))
+    total = len(next(iter(columns.values())))
+    for start in range(0, total, batch_size):
+        stop = min(start + batch_size, total)
+        batch: Batch = {name: values[start:stop] for name, values in columns.items()}
+        yield InputBatch([f"{path}, row {row}" for row in range(start, stop)], _indexed(batch, stop - start), {})
+
+
+def _read(made: Any, batch_size: int, where: str = "") -> Iterator[InputBatch]:
+    """A sample that cannot be read is a problem of its own; the others make the batch."""
+    plain = made.without_augmentation()
+    for start in range(0, len(made), batch_size):
+        names, samples, problems = [], [], {}
+        for index in range(start, min(start + batch_size, len(made))):
+            name = plain.id_of(index)
+            names.append(f"{where}, {name}" if where and name.startswith("row ") else name)
+            try:
+                samples.append(plain.read(index, ChanceKey()))
+            except BadSampleError as error:
+                problems[index - start] = f"{error.what}: {error.got}"
+        yield InputBatch(names, _indexed(plain.collate(samples), len(samples)) if samples else None, problems)
+
+
+def _indexed(batch: Batch, size: int) -> Batch:
+    return batch | {"index": torch.arange(size)}

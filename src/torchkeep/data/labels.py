@@ -1,0 +1,188 @@
+"""What is to be predicted, a value for each sample: a class, several classes, or a number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from ..contracts import Field
+from ..errors import DataError, nearest
+from .dataset import Indices
+from .frames import Frame, as_floats, as_texts, is_category, is_text, number_words, require_column
+from .index import bytes_of_array
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes (one or several for each sample) or numbers, held as arrays.
+
+    Shapes:  values (N,) integers for one class each; float32 for numbers; for several classes each, those of sample i
+             are values[offsets[i]:offsets[i + 1]], and a sample's label is float32 (K,) of zeros and ones
+    """
+
+    key: str
+    field: Field
+    values: np.ndarray[Any, Any]
+    offsets: np.ndarray[Any, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values) if self.offsets is None else len(self.offsets) - 1
+
+    def of(self, index: int) -> Any:
+        """The value of one sample, as a sample holds it."""
+        if self.field.kind == "label":
+            return int(self.values[index])
+        return float(self.values[index]) if self.offsets is None else self.batch(np.array([index]))[0]
+
+    def batch(self, indices: Indices) -> Tensor:
+        """Shapes:  indices (B,) → int64 (B,), float32 (B,) or float32 (B, K)"""
+        if self.offsets is None:
+            kind = np.int64 if self.field.kind == "label" else np.float32
+            return torch.from_numpy(self.values[indices].astype(kind))
+        held = torch.zeros(len(indices), self.field.num_classes)
+        for row, index in enumerate(indices.tolist()):
+            held[row, torch.from_numpy(self.values[self.offsets[index] : self.offsets[index + 1]])] = 1
+        return held
+
+    @property
+    def classes(self) -> Indices | None:
+        """(N,) int64 where each sample has one class, else None."""
+        return self.values.astype(np.int64) if self.field.kind == "label" else None
+
+    def absorb(self, digest: Any) -> None:
+        """Add all of it to a checksum."""
+        digest.update("\0".join(self.field.classes).encode("utf-8", "surrogateescape"))
+        for numbers in (self.values, self.offsets):
+            if numbers is not None:
+                digest.update(bytes_of_array(numbers))
+
+
+def labels_of_classes(values: np.ndarray[Any, Any], found: Sequence[str], like: Field | None, where: str) -> Labels:
+    """Labels of class numbers, counted in ``found``; brought to the classes of ``like`` where it is given.
+
+    Raises:  DataError for a class that ``like`` does not know
+    """
+    if like is None or like.classes == tuple(found):
+        return Labels("label", Field("label", (), tuple(found), is_target=True), values)
+    check_classes(found, like.classes, where)
+    place = np.array([like.classes.index(name) for name in found], values.dtype)
+    return Labels("label", like, place[values])
+
+
+def labels_of_column(
+    frame: Frame, name: str, where: str, like: Field | None = None, separator: str | None = None
+) -> Labels:
+    """A column as what is to be predicted: texts, bools and whole numbers are classes, lists (or texts with a
+    ``separator``) several classes, floats numbers. Hugging Face's class names are read from its description.
+
+    Raises:  DataError for a missing column, an empty cell, a type that holds no labels, a class that ``like`` lacks
+    """
+    column, place = require_column(frame, name, where, "data.label"), f"{where}: column {name!r}"
+    _check_filled(column, place)
+    names = hub_names(frame, name)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or separator is not None:
+        return _several(column, names, place, like, separator)
+    if pa.types.is_floating(column.type) or (like is not None and like.kind == "number"):
+        values = as_floats(column, name, where).astype(np.float32)
+        return Labels("target", like or number_field(values), values)
+    if not (is_category(column.type) or pa.types.is_integer(column.type)):
+        raise DataError(
+            "this column holds no labels",
+            where=place,
+            got=f"type {column.type}",
+            expected="texts, whole numbers, lists",
+        )
+    texts = _named(column, names, place)
+    classes = like.classes if like is not None else _in_order(texts, column, names)
+    check_classes(pc.unique(texts).to_pylist(), classes, place)
+    return Labels("label", like or Field("label", (), classes, is_target=True), number_words(texts, classes))
+
+
+def number_field(values: np.ndarray[Any, Any]) -> Field:
+    """The field of a number to be predicted, with its mean and deviation over these values."""
+    known = values[np.isfinite(values)].astype(np.float64)
+    return Field("number", (), is_target=True, mean=float(known.mean()), std=float(known.std()) or 1.0)
+
+
+def check_classes(found: Sequence[str], classes: Sequence[str], where: str) -> None:
+    """Raises:  DataError where a class is not among those of the training data"""
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise DataError(
+            "a class is not among those of the training data",
+            where=where,
+            got=", ".join(repr(name) for name in unknown[:5])
+            + (f" and {len(unknown) - 5:,} more" * (len(unknown) > 5)),
+            expected=f"one of {', '.join(classes[:20])}" + (" …" if len(classes) > 20 else ""),
+            fix=nearest(unknown[0], list(classes)),
+        )
+
+
+def _check_filled(column: Any, place: str) -> None:
+    missing = pc.is_null(column, nan_is_null=True) if pa.types.is_floating(column.type) else pc.is_null(column)
+    row = pc.index(missing, True).as_py()
+    if row >= 0:
+        raise DataError(
+            "a label is missing",
+            where=f"{place}, row {row} (counted from 0)",
+            got=f"{pc.sum(missing).as_py():,} empty cells",
+            expected="a label in each row",
+            fix="remove these rows",
+        )
+
+
+def _named(column: Any, names: list[str], place: str) -> Any:
+    """Class numbers as their names where those are known; one array of texts."""
+    if not names or not pa.types.is_integer(column.type):
+        return as_texts(column)
+    lowest, highest = pc.min(column).as_py(), pc.max(column).as_py()
+    if lowest < 0 or highest >= len(names):
+        got = f"labels from {lowest} to {highest}"
+        raise DataError("a label has no name", where=place, got=got, expected=f"0 to {len(names) - 1}")
+    named = pc.take(pa.array(names), column)
+    return named.combine_chunks() if isinstance(named, pa.ChunkedArray) else named
+
+
+def _in_order(texts: Any, column: Any, names: list[str]) -> tuple[str, ...]:
+    if names and pa.types.is_integer(column.type):
+        return tuple(names)
+    found = pc.unique(texts).to_pylist()
+    # "10" comes after "9" among numbers
+    return tuple(sorted(found, key=int) if pa.types.is_integer(column.type) else sorted(found))
+
+
+def _several(column: Any, names: list[str], place: str, like: Field | None, separator: str | None) -> Labels:
+    if is_text(column.type):
+        trimmed = pc.utf8_trim_whitespace(column)
+        column = pc.split_pattern(trimmed, separator)
+        column = pc.if_else(pc.equal(trimmed, ""), pa.scalar([], column.type), column)
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        got = f"type {column.type}"
+        raise DataError("this column holds no lists of labels", where=place, got=got, expected="lists, or texts")
+    counts = pc.list_value_length(column).to_numpy()
+    cells = _named(pc.list_flatten(column), names, place)
+    cells = pc.utf8_trim_whitespace(cells)
+    classes = like.classes if like is not None else tuple(names) or tuple(sorted(pc.unique(cells).to_pylist()))
+    check_classes(pc.unique(cells).to_pylist(), classes, place)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    field = Field("multilabel", (len(classes),), classes, is_target=True)
+    return Labels("label", field, number_words(cells, classes), offsets)
+
+
+def hub_names(frame: Frame, label: str) -> list[str]:
+    """The class names that Hugging Face's datasets writes into a file; empty where there are none."""
+    described = (frame.schema.metadata or {}).get(b"huggingface")
+    try:
+        kind = orjson.loads(described)["info"]["features"][label] if described else {}
+        names = (kind.get("feature") or kind).get("names") or []
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return []
+    return [str(name) for name in names]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import struct
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +34,9 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga")
 MAX_SAMPLES = 1 << 28  # of one recording, over all channels: a gigabyte of float32; 1.5 hours at 48 kHz
 
 _SILENCE = float(np.log(POWER_FLOOR))
+_IN_MEMORY = re.compile(r"Error opening <[^>]*>: ")
+_ENDLESS_BYTES = 0x7FFFF000  # what programs write that could not know the length yet: sox this, ffmpeg 0xFFFFFFFF
+_OGG_END = 4  # the flag of a stream's last page
 
 
 class Clips(KeyedData):
@@ -275,16 +280,42 @@ def decode_audio(data: bytes, where: str) -> tuple[Wave, int]:
         with soundfile.SoundFile(BytesIO(data)) as file:
             if file.frames * file.channels > MAX_SAMPLES:
                 raise ValueError(f"{file.frames:,} samples of {file.channels} channels; the limit is {MAX_SAMPLES:,}")
+            _check_end(data)
             expected, rate = file.frames, int(file.samplerate)
             wave = file.read(dtype="float32", always_2d=True).T
     except Exception as error:
-        got = f"{len(data):,} bytes" + (f", {str(error).strip().splitlines()[0]}" if data else "")
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        # soundfile names the object in memory that it was given
+        got = f"{len(data):,} bytes" + (f", {_IN_MEMORY.sub('', said[0])}" if data else "")
         raise _not_decoded(where, got) from None
     if wave.shape[1] == 0 or wave.shape[1] < expected:
         raise _not_decoded(where, f"{wave.shape[1]:,} of {expected:,} samples")
     if not np.isfinite(wave).all():
         raise _not_decoded(where, "samples that are not finite")
     return np.ascontiguousarray(wave), rate
+
+
+def _check_end(data: bytes) -> None:
+    """The decoder takes what there is of a WAV or an OGG for the whole.
+
+    Raises:  ValueError where the end is missing
+    Source:  RFC 3533, section 6, for OGG's pages; Microsoft and IBM 1991, "Multimedia programming interface", for RIFF
+    """
+    if data[:4] == b"RIFF":
+        place, size = 12, 0
+        while data[place : place + 4] not in (b"data", b""):
+            (size,) = struct.unpack_from("<I", data, place + 4)
+            place += 8 + size + size % 2
+        (size,) = struct.unpack_from("<I", data, place + 4)
+        held = len(data) - place - 8
+        if held < size < _ENDLESS_BYTES:
+            raise ValueError(f"{held:,} of {size:,} bytes of samples")
+    if data[:4] == b"OggS":
+        page = data.rfind(b"OggS")
+        sizes = data[page + 27 : page + 27 + data[page + 26]] if len(data) > page + 26 else b""
+        is_whole = len(data) >= page + 27 + len(sizes) + sum(sizes)
+        if not sizes or not is_whole or not data[page + 5] & _OGG_END:
+            raise ValueError("the last page is missing")
 
 
 def _not_decoded(where: str, got: str) -> BadSampleError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -36,6 +36,7 @@ LoadFunction = Callable[[CodeReference], Callable[..., Any]]
 
 _HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 _IDX = ("-ubyte", "-ubyte.gz", ".idx", ".idx.gz")
+_NAMED_AT_MOST = 6
 _LOOK_AT = 1000  # names of a folder, to see what it holds
 
 
@@ -391,9 +392,9 @@ def described(dataset: KeyedDataset) -> Iterator[tuple[str, str, str, str]]:
     if isinstance(held, Table):
         known = held.encoding
         numbered = zip(known.categories, known.vocabularies, strict=True)
-        categories = ", ".join(f"{name} ({len(words):,} values)" for name, words in numbered)
-        yield "numbers", ", ".join(known.numbers) or "none", "columns of numbers and dates", "data.drop"
-        yield "categories", categories or "none", "all other columns", "data.categories"
+        categories = [f"{name} ({len(words):,})" for name, words in numbered]
+        yield "numbers", _some(known.numbers), "columns of numbers and dates", "data.drop"
+        yield "categories", _some(categories), "all other columns, with their values", "data.categories"
         yield "task", known.task, f"column {known.target!r}: {len(known.classes) or 'no'} classes", "data.target"
     texts = held.texts if isinstance(held, TextBlocks) else held
     if isinstance(texts, Texts):
@@ -407,6 +408,12 @@ def described(dataset: KeyedDataset) -> Iterator[tuple[str, str, str, str]]:
         made = f"{held.num_mels} log-mels" if held.features == "log_mel" else "waveform"
         length = f"{held.seconds:g} s, cut or filled up" if held.seconds else "padded to the batch"
         yield "recordings", f"{made} at {held.sample_rate:,} Hz", length, "data.sample_rate, data.seconds"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names for a line of a table."""
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "") or "none"
 
 
 def _missing(path: Path, source: str) -> DataError:

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,23 +221,15 @@ def tokenizer_from_json(data: Json) -> Tokenizer:
 
     Raises:  DataError for anything else; SettingsError without the package that a hub's tokenizer needs
     """
-    try:
-        return _KINDS[data["kind"]](data)
-    except (KeyError, TypeError) as error:
-        raise DataError("this is no saved tokenizer", where="tokenizer", got=repr(error)) from error
-
-
-def _words_from_json(data: Json) -> WordTokenizer:
-    if data["pattern"] != WORD:
-        raise DataError("this tokenizer cut words otherwise", where="pattern", got=data["pattern"], expected=WORD)
-    return WordTokenizer(data["words"])
-
-
-_KINDS: dict[str, Callable[[Json], Tokenizer]] = {
-    "bytes": lambda data: ByteTokenizer(),
-    "words": _words_from_json,
-    "hub": lambda data: HubTokenizer(data["tokenizer"], data["name"], data["pad_id"]),
-}
+    match data:
+        case {"kind": "bytes"}:
+            return ByteTokenizer()
+        case {"kind": "words", "pattern": pattern, "words": words} if pattern == WORD:
+            return WordTokenizer(words)
+        case {"kind": "hub", "tokenizer": text, "name": name, "pad_id": pad_id}:
+            return HubTokenizer(text, name, pad_id)
+    expected = f"what to_json gives, words by the pattern {WORD}"
+    raise DataError("this is no saved tokenizer", where="tokenizer", got=str(data)[:80], expected=expected)
 
 
 def _check_length(max_length: int | None, shortest: int = 1) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import ModelError
 
-_LOWEST = -1e4  # below any activation, and still a number in fp16
+_LOWEST = -1e4  # below any activation here, and still a number in fp16
 
 
 class TextConv(nn.Module):

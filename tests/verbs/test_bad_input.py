@@ -501,10 +501,10 @@ def test_inputs_that_a_model_cannot_take(desk: Any) -> None:
     for run, name, fragments in [
         ("table", "few.csv", ["few.csv", "no column 'b'"]),
         ("table", "words.csv", ["words.csv", "column 'b'", "'red'"]),
-        ("table", "train/ants/0.png", ["does not take images", "0.png"]),
+        ("table", "train/ants/0.png", ["does not take files", "0.png", ".csv"]),
         ("table", "missing.csv", ["missing.csv", "no such file"]),
         ("images", "rows.csv", ["rows.csv", "'image'"]),
-        ("images", "nothing", ["no images in this folder", "nothing"]),
+        ("images", "nothing", ["nothing in this folder", ".png", "nothing"]),
     ]:
         refused(desk, ("predict", f"runs/{run}", name), "DataError", *fragments)
         assert desk.say("predict", f"runs/{run}", name).out == ""

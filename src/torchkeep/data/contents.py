@@ -30,9 +30,10 @@ _DAY_US = 86_400_000_000
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be read, and why."""
+    """A sample that cannot be read, and why; ``where`` names it with its source."""
 
     id: str
+    where: str
     what: str
     got: str
 
@@ -42,7 +43,7 @@ class Contents:
     """What was read of one split: n samples, and those that are bad.
 
     Shapes:  positions (n,) int64 in ``reader``; digests (n, 2) uint64; bands (n, B) uint64, 0 where a sample has none;
-             bits (n,) uint64; measures and categories (n,)
+             bits (n, 2) uint64; measures and categories (n,)
     """
 
     reader: Reader
@@ -119,14 +120,14 @@ def _of_samples(reader: Reader, positions: Indices, total: int, progress: Callab
     good: list[int] = []
     readings: list[Reading] = []
     nothing = np.empty((0, 2), np.uint64)
-    made = Contents(reader, reader.kind, total, positions, [], nothing, nothing[:, 0])
+    made = Contents(reader, reader.kind, total, positions, [], nothing, nothing)
     for chunk, results in _read_in_chunks(reader, positions):
         for index, result in zip(chunk.tolist(), results, strict=True):
             if isinstance(result, Reading):
                 good.append(index)
                 readings.append(result)
             else:
-                made.bad.append(BadSample(reader.id_of(index), result.what, result.got))
+                made.bad.append(BadSample(reader.id_of(index), reader.where(index), result.what, result.got))
                 made.bad_labels.append(reader.labels_of(index))
         progress(len(chunk))
     made.positions, made.num_bytes = np.array(good, np.int64), reader.num_bytes(positions)
@@ -158,7 +159,7 @@ def _read_in_chunks(reader: Reader, positions: Indices) -> Iterator[tuple[Indice
 
 def _stack(made: Contents, readings: list[Reading]) -> None:
     made.digests = np.frombuffer(b"".join(r.digest for r in readings), np.uint64).reshape(-1, 2)
-    made.bits = np.array([r.bits for r in readings], np.uint64)
+    made.bits = np.array([np.zeros(2) if r.bits is None else r.bits for r in readings], np.uint64).reshape(-1, 2)
     width = next((len(r.bands) for r in readings if r.bands is not None), 0)
     without = np.zeros(width, np.uint64)
     made.bands = np.array([without if r.bands is None else r.bands for r in readings]) if width else None
@@ -178,12 +179,12 @@ def _stack(made: Contents, readings: list[Reading]) -> None:
 def _of_rows(rows: Rows, positions: Indices, total: int) -> Contents:
     frame = rows.frame.take(pa.array(positions))
     names = [name for name in frame.column_names if name not in (rows.target, rows.id, *rows.left_out)]
-    nothing = np.zeros(len(positions), np.uint64)
+    nothing = np.zeros((len(positions), 2), np.uint64)
     made = Contents(Reader(rows), "rows", total, positions, [()] * len(positions), _digests_of(frame, names), nothing)
     made.num_bytes = int(frame.nbytes)
     for name in names:
         _look_at_column(made, name, frame[name], name in rows.forced)
-    if rows.target in frame.column_names:
+    if rows.target is not None and rows.target in frame.column_names:
         _look_at_target(made, rows.target, frame[rows.target])
     if rows.id in frame.column_names:
         found = pc.value_counts(frame[rows.id].combine_chunks())
@@ -199,12 +200,13 @@ def _look_at_column(made: Contents, name: str, column: Any, is_forced: bool) -> 
         made.categories[name] = pc.cast(column, pa.string()).combine_chunks()
     elif is_number(kind) or is_date(kind):
         held = pc.cast(pc.cast(column, pa.timestamp("us"), safe=False), pa.int64()) if is_date(kind) else column
-        values = pc.fill_null(pc.cast(held, pa.float64(), safe=False), float("nan")).to_numpy() / (
-            _DAY_US if is_date(kind) else 1
-        )
+        values = pc.fill_null(pc.cast(held, pa.float64(), safe=False), float("nan")).to_numpy()
+        values = values / _DAY_US if is_date(kind) else values
         infinite = np.isinf(values)
         if infinite.any():
-            made.notes[f"infinite numbers in column {name!r}"] = [made.id_of(i) for i in np.flatnonzero(infinite)]
+            made.notes[f"infinite numbers in column {name!r}"] = list(
+                map(made.id_of, np.flatnonzero(infinite).tolist())
+            )
         made.measures[f"{name}, days since 1970" if is_date(kind) else name] = np.where(infinite, np.nan, values)
 
 
@@ -223,5 +225,5 @@ def _digests_of(frame: Any, names: list[str]) -> U64:
     if not texts:
         return np.arange(2 * frame.num_rows, dtype=np.uint64).reshape(-1, 2)
     joined = pc.binary_join_element_wise(*texts, "\x1f", null_handling="replace", null_replacement="\x1e")
-    digests = b"".join(xxhash.xxh3_128_digest(text) for text in joined.to_pylist())
+    digests = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in joined.to_pylist())
     return np.frombuffer(digests, np.uint64).reshape(-1, 2)

@@ -25,6 +25,8 @@ _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _EXIF_SEARCH_BYTES = 1 << 16
 _ORIENTATION_TAG = 0x0112
+_TIFF_BITS_TAG = 0x0102
+_SMALL_GREYS = {2: 85, 4: 17}  # bits of a PNG's pixel → by what Pillow multiplies it, so that white is 255
 
 # the loader's threads share the cores already; and a damaged image is reported here, not on the terminal
 cv2.setNumThreads(0)
@@ -40,7 +42,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, bits: int = 8) -> Pi
     try:
         _check_size(data)
         if data[:3] == _JPEG:
-            return _in_bits(_decode_jpeg(data, channels), bits)
+            return in_bits(_decode_jpeg(data, channels), bits)
         return _decode_other(data, channels, bits)
     # a decoder may fail in any way on damaged bytes (SyntaxError, struct.error, cv2.error …)
     except Exception as error:
@@ -64,7 +66,9 @@ def decode_mask(data: bytes, name: str) -> U8:
         with Image.open(BytesIO(data)) as opened:
             if opened.mode not in ("1", "L", "P"):
                 raise ValueError(f"an image of mode {opened.mode}")
-            return np.array(opened).astype(np.uint8)[..., None]
+            classes = np.array(opened).astype(np.uint8)
+        is_small_grey = data[:8] == _PNG and data[25] == 0 and data[24] in _SMALL_GREYS
+        return (classes // _SMALL_GREYS[data[24]] if is_small_grey else classes)[..., None]
     except Exception as error:
         raise BadSampleError(
             "this mask cannot be decoded",
@@ -107,7 +111,7 @@ def _decode_jpeg(data: bytes, channels: int) -> U8:
         if _is_damage(str(error)):
             raise
         return _decode_by_pillow(data, channels)  # rare forms of JPEG, and harmless bytes between segments
-    return _oriented(image, _exif_orientation(data))
+    return np.asarray(_oriented(image, _exif_orientation(data, b"Exif\x00\x00")))
 
 
 def _is_damage(said: str) -> bool:
@@ -117,10 +121,11 @@ def _is_damage(said: str) -> bool:
 def _decode_other(data: bytes, channels: int, bits: int) -> Pixels:
     is_png = data[:8] == _PNG
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    if (is_png and b"eXIf" not in data[:_EXIF_SEARCH_BYTES]) or (is_webp and b"EXIF" not in data):
+    if is_png or (is_webp and b"EXIF" not in data):
         stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if stored is not None:
-            return _in_channels(_in_bits(np.asarray(stored), bits), channels)
+            pixels = _in_channels(in_bits(np.asarray(stored), bits), channels)
+            return _oriented(pixels, _exif_orientation(data, b"eXIf") if is_png else 1)
     return _decode_by_pillow(data, channels, bits)
 
 
@@ -130,14 +135,26 @@ def _decode_by_pillow(data: bytes, channels: int, bits: int = 8) -> Pixels:
         if image.mode == "F":
             raise ValueError("pixels in floating point, whose range is not stated")
         if image.mode.startswith("I"):
-            return _in_channels(_in_bits(np.array(image).astype(np.uint16), bits), channels)
+            return _in_channels(in_bits(_as_uint16(np.array(image)), bits), channels)
+        if bits == 16 and 16 in getattr(opened, "tag_v2", {}).get(_TIFF_BITS_TAG, ()):
+            # Pillow keeps 8 bits of each channel; OpenCV keeps all, and turns a TIFF as its tag says
+            stored = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
+            return _in_channels(in_bits(stored, bits), channels)
         if "transparency" in image.info:
             image = image.convert("RGBA")
         pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
-    return _in_bits(pixels.reshape(*pixels.shape[:2], channels), bits)
+    return in_bits(pixels.reshape(*pixels.shape[:2], channels), bits)
 
 
-def _in_bits(stored: Pixels, bits: int) -> Pixels:
+def _as_uint16(stored: Pixels) -> Pixels:
+    lowest, highest = int(stored.min()), int(stored.max())
+    if lowest < 0 or highest > 0xFFFF:
+        raise ValueError(f"pixels from {lowest:,} to {highest:,}, where 16 bits hold 0 to 65,535")
+    return stored.astype(np.uint16)
+
+
+def in_bits(stored: Pixels, bits: int) -> Pixels:
+    """Pixels of 8 or 16 bits as such of ``bits``: white stays white."""
     if stored.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"pixels of type {stored.dtype}")
     if stored.dtype.itemsize * 8 == bits:
@@ -163,12 +180,12 @@ def _in_channels(stored: Pixels, channels: int) -> Pixels:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _exif_orientation(data: bytes) -> int:
+def _exif_orientation(data: bytes, mark: bytes) -> int:
     """1 to 8 as in EXIF 2.32, table 6; 1 where nothing is said or what is said cannot be read."""
-    start = data.find(b"Exif\x00\x00", 0, _EXIF_SEARCH_BYTES)
+    start = data.find(mark, 0, _EXIF_SEARCH_BYTES)
     if start < 0:
         return 1
-    tiff = data[start + 6 : start + 6 + _EXIF_SEARCH_BYTES]
+    tiff = data[start + len(mark) :][:_EXIF_SEARCH_BYTES]
     order = "<" if tiff[:2] == b"II" else ">"
     try:
         (offset,) = struct.unpack_from(order + "I", tiff, 4)
@@ -182,7 +199,7 @@ def _exif_orientation(data: bytes) -> int:
     return 1
 
 
-def _oriented(image: U8, orientation: int) -> U8:
+def _oriented(image: Pixels, orientation: int) -> Pixels:
     if orientation == 1:
         return image
     if orientation >= 5:

@@ -110,7 +110,8 @@ def _classes(names: list[str]) -> str:
 def drifts(first: Contents, other: Contents, split: str) -> Iterator[Drift]:
     """How far the classes, numbers and categories of another split are from those of the first."""
     pair = (first, other)
-    labels = [pa.array([label for row in held.labels for label in row], pa.string()) for held in pair]
+    # what is written in several ways is a problem of its own
+    labels = [pa.array([plain_label(label) for row in held.labels for label in row], pa.string()) for held in pair]
     if all(map(len, labels)):
         yield _of_words(split, "classes", *labels)
     for name in [name for name in first.measures if name in other.measures]:
@@ -143,7 +144,7 @@ def kolmogorov_smirnov(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -
 
 def _of_words(split: str, what: str, one: Any, other: Any) -> Drift:
     """The bound is what chance gives: mean and four deviations of a sum of half-normal distances."""
-    counts = [Counter(dict(zip(*_counted(held), strict=True))) for held in (one, other)]
+    counts = [word_counts(held) for held in (one, other)]
     pooled, sizes = counts[0] + counts[1], np.array([len(one), len(other)])
     known = [word for word, count in pooled.items() if count * sizes.min() / sizes.sum() >= _RARE]
     shares = np.array([[found[word] for word in known] for found in counts]).reshape(2, -1) / sizes[:, None]
@@ -156,6 +157,8 @@ def _of_words(split: str, what: str, one: Any, other: Any) -> Drift:
     return Drift(split, what, "TV", value, bound, value > bound)
 
 
-def _counted(words: Any) -> tuple[list[Any], list[int]]:
-    found = pc.value_counts(words)
-    return found.field("values").to_pylist(), found.field("counts").to_pylist()
+def word_counts(words: Any) -> Counter[str]:
+    """How often each text of a column comes, the most frequent first."""
+    found = pc.value_counts(pc.drop_null(words))
+    pairs = zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True)
+    return Counter(dict(sorted(pairs, key=lambda pair: -pair[1])))

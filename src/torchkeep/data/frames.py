@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ def read_frame(source: Source, form: Form = Form()) -> Frame:
         raise DataError(
             "this is no table", where="source", got=type(frame).__name__, expected="a path or a pyarrow.Table"
         )
+    _check_names(frame.column_names, where_of(source))
     if not frame.num_rows:
         raise DataError("this table is empty", where=where_of(source), got="0 rows", expected="a row for each sample")
     return frame
@@ -112,7 +114,9 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError) and path.parent.is_dir():
         near = nearest(path.name, [found.name for found in path.parent.iterdir()])
     got = (str(error).splitlines() or [type(error).__name__])[0][:300]
-    return DataError(what, where=path, got=got, expected=f"one of {', '.join(TABLE_SUFFIXES)}", fix=near)
+    if "utf-8" in got.lower() or "utf8" in got.lower():
+        near = "iconv -f latin1 -t utf-8, if that is what it is"
+    return DataError(what, where=path, got=got, expected=f"one of {', '.join(TABLE_SUFFIXES)}, in UTF-8", fix=near)
 
 
 def _parquet_schema(path: Path) -> Any:
@@ -133,31 +137,53 @@ def _csv_header(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise _unreadable(path, error) from None
     names = [name.strip() for name in header]
+    _check_names(names, path)
+    return names
+
+
+def _check_names(names: Sequence[str], where: object) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not names:
-        got = f"{twice[0]!r} more than once" if twice else "no first line"
         raise DataError(
             "this table's header cannot be used",
-            where=path,
-            got=got,
-            expected="a name for each column",
+            where=where,
+            got=f"{twice[0]!r} more than once" if twice else "no first line",
+            expected="a name for each column, each once",
             fix='columns = ["text", "label"] names them where the file has no header',
         )
-    return names
 
 
 def _read_csv(path: Path, form: Form) -> Frame:
     names = list(form.columns) or _csv_header(path)
+    _check_names(names, path)
     # every cell as text first: a blank before a number or a "?" among numbers must not decide its column's type
     convert = pcsv.ConvertOptions(column_types={name: pa.string() for name in names}, strings_can_be_null=False)
     parse = pcsv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True)
     try:
         skipped = 0 if form.columns else 1
-        read = pcsv.ReadOptions(column_names=names, skip_rows=skipped, block_size=_BLOCK_BYTES)
+        # "after names" counts rows, where "skip_rows" counts lines: a name in quotes may have several
+        read = pcsv.ReadOptions(column_names=names, skip_rows_after_names=skipped, block_size=_BLOCK_BYTES)
         frame = pcsv.read_csv(path, read, parse, convert)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from None
+    if frame.num_rows:
+        _check_closed(path, frame[names[-1]][-1].as_py(), frame.num_rows)
     return pa.table({name: frame[name] if name in form.text else _typed(frame[name]) for name in names})
+
+
+def _check_closed(path: Path, last: str, num_rows: int) -> None:
+    # pyarrow takes a quote that nobody closes to the file's end, with all rows on the way, for one cell
+    tail = last.replace('"', '""').encode()
+    with path.open("rb") as file:
+        file.seek(-min(len(tail), path.stat().st_size), os.SEEK_END)
+        if "\n" not in last.strip() or file.read() != tail:
+            return
+    raise DataError(
+        "a quote in this table is not closed",
+        where=f"{path}, row {num_rows - 1} (counted from 0)",
+        got=f"a last cell of {last.count(chr(10)):,} lines that begins with {last[:40]!r}",
+        expected='cells such as "a, b", or a quote within one doubled',
+    )
 
 
 def _typed(texts: Any) -> Any:

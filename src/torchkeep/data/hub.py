@@ -7,6 +7,8 @@ one after another; such a stream cannot promise what an order by number can.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,16 +24,16 @@ from ..chance import ChanceKey, keyed_seed
 from ..contracts import KeyedDataset, Sample
 from ..errors import DataError, nearest
 from .audio import AudioTable
-from .dataset import Part
+from .dataset import Indices, Part
 from .frames import Frame, is_text
 from .images import ImageTable
 from .streams import Stream
 from .tables import Table
-from .text import TextTable
+from .text import Texts, TextTable
 
 Kind = Literal["image", "audio", "text", "table"]
 
-_NAME = re.compile(r"(?:hf:)?(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+_NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 _TEXT_COLUMNS = ("text", "sentence", "content")
 _LABEL_COLUMNS = ("label", "labels", "target", "category")
 _AT_ONCE = 64  # examples of a stream that are made into one small table
@@ -73,6 +75,13 @@ class HubDataset(Part):
         held = open_hub(str(name), split or "train")
         opened = open_hub_frame(held, kind, column, label, **options)
         super().__init__(opened, np.arange(len(opened)))
+
+    def learned_from(self, indices: Indices) -> HubDataset:
+        """The same samples, with what is learned from data learned from these alone."""
+        made = copy.copy(self)
+        made.dataset = cast(Any, self.dataset).learned_from(self.indices[indices])
+        made.schema = made.dataset.schema
+        return made
 
 
 def open_hub(name: str, split: str) -> HubFrame:
@@ -144,11 +153,9 @@ def _features(frame: Frame) -> dict[str, Any]:
 
 
 def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
-    found = _NAME.fullmatch(name)
-    if found is None:
-        raise DataError("this is no name of a dataset", where=name, expected="hf:NAME, hf:NAME:CONFIG@SPLIT")
+    called, config, said = _parsed(name)
     datasets = _library()
-    wanted, folder = found["split"] or split, Path(found["name"]).expanduser()
+    wanted, folder = said or split, Path(called).expanduser()
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(folder))
@@ -156,8 +163,9 @@ def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
                 loaded = loaded[wanted] if isinstance(loaded, dict) else loaded
                 return loaded.to_iterable_dataset(), name
         else:
-            given = {"path": str(folder) if folder.exists() else found["name"], "name": found["config"]}
-            loaded = datasets.load_dataset(**given, split=None, streaming=streaming)
+            given = {"path": str(folder) if folder.exists() else called, "name": config}
+            with contextlib.nullcontext() if folder.exists() else _asked_once(datasets):
+                loaded = datasets.load_dataset(**given, split=None, streaming=streaming)
     except Exception as error:
         said = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
@@ -167,6 +175,44 @@ def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
             expected="a dataset of the hub or of this disk, as hf:NAME, hf:NAME:CONFIG or hf:FOLDER",
         ) from None
     return _split_of(loaded, wanted, name), f"{name} ({wanted})"
+
+
+def _parsed(name: str) -> tuple[str, str | None, str | None]:
+    """The name or folder, the configuration and the split; a folder that exists may have any sign in its name."""
+    plain = name.removeprefix("hf:")
+    folder, _, split = plain.rpartition("@")
+    for place, said in ((plain, None), (folder, split)):
+        if place and Path(place).expanduser().is_dir():
+            return place, None, said
+    found = _NAME.fullmatch(plain)
+    if found is None:
+        raise DataError(
+            "this is no name of a dataset", where=name, got=repr(plain), expected="hf:NAME, hf:NAME:CONFIG@SPLIT"
+        )
+    return found["name"], found["config"], found["split"]
+
+
+@contextlib.contextmanager
+def _asked_once(datasets: Any) -> Iterator[None]:
+    """Where the hub does not answer, only the cache is looked at: the library itself would ask again for 23 s."""
+    if _hub_answers():
+        yield
+        return
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of several libraries for HTTP, or HF_HUB_OFFLINE; any answer is one, also a refusal
+        return False
+    return True
 
 
 def _split_of(loaded: Any, wanted: str, name: str) -> Any:
@@ -202,10 +248,10 @@ def _library() -> Any:
 class HubStream(Stream):
     """A dataset of Hugging Face as a stream: "hf:NAME" with ``streaming``. One epoch is ``length`` samples.
 
-    The samples are those of ``HubDataset``; options are those of the dataset of its kind. A vocabulary cannot be
-    learned from a stream: texts need tokenizer "bytes" or one of Hugging Face.
+    The samples are those of ``HubDataset``; options are those of the dataset of its kind. Nothing can be learned from a
+    stream: texts need tokenizer "bytes" or one of Hugging Face, and tables of numbers cannot be read as one.
 
-    Raises:  DataError as ``HubDataset``, and where ``length`` is not known
+    Raises:  DataError as ``HubDataset``, where ``length`` is not known, and where something would have to be learned
     """
 
     def __init__(
@@ -232,6 +278,8 @@ class HubStream(Stream):
 
         self._make: Callable[[list[dict[str, Any]], Any], KeyedDataset] = make
         self.reader = make(first, options.get("like"))
+        if options.get("like") is None:
+            _check_learns_nothing(self.reader, options.get("tokenizer"), name)
         super().__init__(_undecoded(source), None, length, buffer)
         self.schema = self.reader.schema
 
@@ -256,6 +304,18 @@ class HubStream(Stream):
     def collate(self, samples: list[Sample]) -> Any:
         """A batch of samples, as the dataset of its kind makes it."""
         return self.reader.collate(samples)  # type: ignore[attr-defined]
+
+
+def _check_learns_nothing(reader: KeyedDataset, tokenizer: Any, name: str) -> None:
+    is_words = isinstance(reader, Texts) and tokenizer in (None, "words")
+    if is_words or isinstance(reader, Table):
+        raise DataError(
+            "a stream is not read before its training, so that nothing can be learned from it",
+            where=name,
+            got='tokenizer "words"' if is_words else "a table, whose statistics are those of all its rows",
+            expected='tokenizer = "bytes", or one of Hugging Face' if is_words else "images, recordings or texts",
+            fix="streaming = false",
+        )
 
 
 def _undecoded(source: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from .decode import (
     Pixels,
     decode_image,
     decode_mask,
+    in_bits,
     resize_short_side_and_center_crop,
 )
 from .frames import Form, Source, read_frame, where_of
@@ -122,7 +124,8 @@ class Images(KeyedData):
         rest = {} if self._labels is None else {self._labels.key: self._labels.of(index)}
         pictures = self._pictures(index, key)
         sample = self.augmentations.apply_all(rest | {"id": self.id_of(index)}, pictures, key, index, self.size)
-        self._check_augmented(sample["image"].shape[1:], index)
+        for name in pictures:
+            self._check_augmented(name, sample[name].shape[1:], index)
         if "mask" in pictures:
             sample["mask"] = torch.from_numpy(self._classes_of(sample["mask"].numpy()[0], index))
         return sample
@@ -204,10 +207,10 @@ class Images(KeyedData):
             )
         return classes
 
-    def _check_augmented(self, shape: Sequence[int], index: int) -> None:
+    def _check_augmented(self, name: str, shape: Sequence[int], index: int) -> None:
         if tuple(shape) != self.size:
             raise DataError(
-                "an augmentation changed the size of an image",
+                f"an augmentation changed the size of the {name}",
                 where=self.id_of(index),
                 got=f"(H, W) = {tuple(shape)}",
                 expected=f"(H, W) = {self.size}",
@@ -232,6 +235,16 @@ class Images(KeyedData):
         plain.augmentations = Augmentations()
         plain.threads = True
         return plain
+
+    def learned_from(self, indices: Indices) -> Images:
+        """The same images; the mean and deviation of a target of numbers are those of these samples alone."""
+        if self._labels is None:
+            return self
+        made = copy.copy(self)
+        made._labels = self._labels.learned_from(indices)
+        fields = {**self.schema.fields, made._labels.key: made._labels.field}
+        made.schema = Schema(fields, self.schema.preprocess)
+        return made
 
     def id_of(self, index: int) -> str:
         return self.blobs.id_of(index)
@@ -333,9 +346,12 @@ class IdxImages(Images):
     def __init__(self, path: str | Path, labels: str | Path | None = None, **options: Any):
         path = Path(path)
         numbers = read_idx(path)
-        if numbers.ndim != 3:
+        if numbers.ndim != 3 or not numbers.size:
             raise DataError(
-                "this idx file holds no images", where=path, got=f"shape {numbers.shape}", expected="(N, H, W)"
+                "this idx file holds no images",
+                where=path,
+                got=f"shape {numbers.shape}",
+                expected="(N, H, W), all above 0",
             )
         beside = Path(labels) if labels is not None else _labels_beside(path)
         values = read_idx(beside) if beside is not None else None
@@ -349,19 +365,25 @@ class IdxImages(Images):
         if values is not None:
             classes = [str(number) for number in range(int(values.max(initial=0)) + 1)]
             held = labels_of_classes(values, classes, target_of(known), str(beside))
-        options["channels"] = options.get("channels") or 1
+        options["channels"] = options.get("channels") or (known.channels if known else 1)
         super().__init__(_Rows(self.pixels), held, str(path), **options)
         self.threads = self.threads and bool(self.augmentations.entries)
 
     def decoded(self, index: int, where: str = "") -> Pixels:
-        return np.repeat(self.pixels[index], self.channels, axis=2) if self.channels > 1 else self.pixels[index]
+        # a copy in any case: what is done to a sample must not change the data
+        return np.repeat(in_bits(self.pixels[index], self.bits), self.channels, axis=2)
 
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
         """One gather where nothing is changed on the way."""
-        if self.augmentations.entries or self.image_size is not None or self.channels > 1:
+        if self.augmentations.entries or self.image_size is not None or self.channels > 1 or self.bits > 8:
             return super().read_batch(indices, key)
         batch: Batch = {"image": torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2)}
         return batch if self._labels is None else batch | {self._labels.key: self._labels.batch(indices)}
+
+    def without_augmentation(self) -> Images:
+        plain = super().without_augmentation()
+        plain.threads = False
+        return plain
 
 
 class _Rows:
@@ -414,13 +436,14 @@ def read_idx(path: Path) -> np.ndarray[Any, Any]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             start = file.read(4)
             if len(start) < 4 or start[:2] != b"\0\0" or start[2] != _BYTES_IDX:
-                raise DataError("this is no idx file of bytes", where=path, got=start.hex(" "), expected="00 00 08 …")
+                raise DataError("this is no idx file of bytes", where=path, got=start.hex(" ") or "an empty file",
+                                expected="00 00 08 …")  # fmt: skip
             shape = tuple(np.frombuffer(file.read(4 * start[3]), ">u4").tolist())
             size = math.prod(shape)
             if size > _MOST_DEFLATED * path.stat().st_size:
                 raise ValueError(f"{size:,} bytes of pixels in a file of {path.stat().st_size:,} bytes")
             data = file.read(size + 1)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError("this idx file cannot be read", where=path, got=error, expected="a whole idx file") from None
     if len(data) != size:
         got = f"{len(data):,} bytes" + (" or more" if len(data) > size else "")

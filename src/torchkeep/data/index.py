@@ -1,12 +1,13 @@
 """Which samples there are: many names as one blob with offsets, and the listing of a folder, saved and opened again.
 
 No Python object is held for a sample: 10 million names of 40 bytes are two arrays of 480 MB together, which processes
-share, and which are mapped from a file in milliseconds.
+share. A saved listing is mapped from its files, and checked as fast as memory is read: 10 ms for a million names.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 _SAVED_FROM = 50_000  # files: below that a folder is listed anew in less time than a person notices
 _SETTLED_S = 2.0  # a folder that changed within this time may change again without another time stamp
-_FORM = 1
+_FORM = 2
 
 
 def bytes_of_array(numbers: Array) -> memoryview:
@@ -141,12 +141,12 @@ class Listing:
         Raises:  DataError where the pattern has no such group, or does not find it
         """
         find = re.compile(self.pattern or "").search
-        found = [find(self.names[index]) for index in range(len(self))]
-        if not found or any(match is None or name not in match.groupdict() for match in found):
-            got = f"label_pattern = {self.pattern!r}"
+        found = [_part_of(find(self.names[index]), name) for index in range(len(self))]
+        if None in found:
+            got = f"label_pattern = {self.pattern!r}, and the name {self.names.shown(found.index(None))}"
             raise DataError("names do not tell this", where=f"{self.root}: {name!r}", got=got,
                             expected=f"a group (?P<{name}>…) that every name has")  # fmt: skip
-        return np.array([match[name] for match in found if match is not None])
+        return np.array(found)
 
     def fingerprint(self) -> str:
         """xxh3 of the sorted relative names, the sizes of the files, and the labels; kept with a saved listing."""
@@ -169,12 +169,12 @@ class Listing:
 
         Raises:  StorageError where the disk refuses
         """
-        header = {"form": _FORM, "root": str(self.root), "classes": self.classes, "fingerprint": self.fingerprint(),
-                  "pattern": self.pattern}  # fmt: skip
+        # not orjson: the root's name may be no UTF-8
+        header = json.dumps([_FORM, str(self.root), self.classes, self.fingerprint(), self.pattern])
         with DurableFolder(folder, replace=True) as made:
             for name, numbers in self._arrays().items():
                 made.write(f"{name}.bin", bytes_of_array(numbers))
-            made.write("listing.json", orjson.dumps(header))
+            made.write("listing.json", json.dumps([header, _checksum(header, self._arrays())]).encode())
         self.saved_at = folder
 
     def _arrays(self) -> dict[str, Array]:
@@ -185,27 +185,35 @@ class Listing:
 
     @staticmethod
     def open(folder: Path) -> Listing | None:
-        """A saved listing, mapped, not read; None where there is none that can be used."""
+        """A saved listing, mapped; None where there is none that can be used, or one that is damaged."""
         kinds = {"names": np.uint8, "labels": np.int32, "folders": np.uint8}
         try:
-            header = orjson.loads((folder / "listing.json").read_bytes())
+            header, said = json.loads((folder / "listing.json").read_bytes())
             held = {
                 name: _mapped(folder / f"{name}.bin", kinds.get(name, np.int64))
                 for name in ("names", "offsets", "sizes", "labels", "folders", "folder_offsets", "changed")
             }
-            is_whole = header["form"] == _FORM and held["offsets"][-1] == len(held["names"])
-            is_whole = is_whole and len(held["sizes"]) == len(held["offsets"]) - 1
-            return Listing(
-                Path(header["root"]), Names(held["names"], held["offsets"]), held["sizes"], held["labels"],
-                tuple(header["classes"]), Names(held["folders"], held["folder_offsets"]), held["changed"],
-                header["pattern"], folder, header["fingerprint"],
-            ) if is_whole else None  # fmt: skip
-        except (OSError, ValueError, KeyError, IndexError):
+            if _checksum(header, held) != said:
+                return None
+            form, root, classes, fingerprint, pattern = json.loads(header)
+        except (OSError, ValueError, TypeError):
             return None
+        return Listing(
+            Path(root), Names(held["names"], held["offsets"]), held["sizes"], held["labels"], tuple(classes),
+            Names(held["folders"], held["folder_offsets"]), held["changed"], pattern, folder, fingerprint,
+        ) if form == _FORM else None  # fmt: skip
 
 
 def _mapped(path: Path, kind: Any) -> Array:
     return np.memmap(path, kind, mode="r") if path.stat().st_size else np.empty(0, kind)
+
+
+def _checksum(header: str, arrays: dict[str, Array]) -> str:
+    digest = xxhash.xxh3_128(header.encode())
+    for name, numbers in arrays.items():
+        digest.update(f"{name} {len(numbers)}".encode())
+        digest.update(bytes_of_array(numbers))
+    return str(digest.hexdigest())
 
 
 def _changed_ns(folder: Path) -> int:
@@ -222,24 +230,27 @@ def list_folder(root: Path, layout: Layout) -> Listing:
     Raises:  DataError for a root that is missing or empty, has no classes, or holds a link that leads out of it
     """
     check_folder(root, layout)
-    saved = _cache_folder() / xxhash.xxh3_128_hexdigest(repr((os.path.realpath(root), layout)).encode())
-    found = Listing.open(saved)
+    cache = _cache_folder()
+    saved = cache / xxhash.xxh3_128_hexdigest(repr((os.path.realpath(root), layout)).encode()) if cache else None
+    found = Listing.open(saved) if saved else None
     if found is not None and found.root == root.absolute() and found.is_current():
         return found
     listing = _listed(root.absolute(), layout)
     _check_listing(listing, root, layout)
     is_settled = time.time_ns() - int(listing.changed_ns.max(initial=0)) > _SETTLED_S * 1e9
-    if len(listing) >= _SAVED_FROM and is_settled:
+    if saved and len(listing) >= _SAVED_FROM and is_settled:
         with contextlib.suppress(StorageError):  # a cache that cannot be written is no reason not to train
             listing.save(saved)
     return listing
 
 
-def _cache_folder() -> Path:
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _cache_folder() -> Path | None:
+    is_windows = sys.platform == "win32"
+    said = os.environ.get("LOCALAPPDATA" if is_windows else "XDG_CACHE_HOME")
+    try:
+        base = Path(said) if said else Path.home() / ("AppData/Local" if is_windows else ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
     return base / "torchkeep" / "listings"
 
 
@@ -255,7 +266,7 @@ def _listed(root: Path, layout: Layout) -> Listing:
     sizes, labels, times = array("q"), array("i"), array("q")
     folders: list[str] = []
     number_of: dict[str, int] = {}
-    find = re.compile(layout.pattern).search if layout.pattern else None
+    find = _compiled(layout.pattern, root).search if layout.pattern else None
 
     def names() -> Iterator[str]:
         for name, entry in _walk(root, layout, folders, times):
@@ -274,11 +285,23 @@ def _listed(root: Path, layout: Layout) -> Listing:
     )  # fmt: skip
 
 
+def _compiled(pattern: str, root: Path) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise DataError(
+            "the label pattern is no regular expression", where=root, got=f"pattern {pattern!r}: {error}",
+            expected="a regular expression with a group (?P<label>…)",
+        ) from None  # fmt: skip
+
+
+def _part_of(found: re.Match[str] | None, group: str) -> str | None:
+    return None if found is None else found.groupdict().get(group)
+
+
 def _class_of(name: str, find: Any, root: Path, layout: Layout) -> str:
-    if find is None:
-        return name.partition("/")[0]
-    found = find(name)
-    if found is None or "label" not in found.groupdict():
+    label = name.partition("/")[0] if find is None else _part_of(find(name), "label")
+    if label is None:
         raise DataError(
             "the label pattern does not fit this name",
             where=f"{root}: {name}",
@@ -286,7 +309,8 @@ def _class_of(name: str, find: Any, root: Path, layout: Layout) -> str:
             expected="a regular expression that finds a group 'label' in every name",
             fix=r'label_pattern = "(?P<label>\\w+)_"',
         )
-    return str(found["label"])
+    # a class is written into JSON and on the terminal: bytes that are no UTF-8 as escapes
+    return os.fsencode(label).decode("utf-8", "backslashreplace")
 
 
 def _size_bytes(entry: os.DirEntry[str]) -> int:
@@ -304,9 +328,9 @@ def _walk(root: Path, layout: Layout, folders: list[str], times: Any) -> Iterato
         folders.append(prefix)
         times.append(_changed_ns(Path(place)))
         for _, is_folder, entry in sorted(_entries(place), key=lambda row: row[0]):
-            if entry.is_symlink():
+            if entry.is_symlink() and (is_folder or layout.holds(entry.name)):
                 real = os.path.realpath(entry.path)
-                if not layout.follow_links and os.path.commonpath([real, real_root]) != real_root:
+                if not layout.follow_links and not _is_within(real, real_root):
                     raise _leads_out(root, prefix + entry.name, real)
                 if is_folder and real in above:  # a link to a folder above it
                     continue
@@ -319,11 +343,31 @@ def _walk(root: Path, layout: Layout, folders: list[str], times: Any) -> Iterato
 
 
 def _entries(place: str) -> Iterator[tuple[bytes, bool, os.DirEntry[str]]]:
-    with os.scandir(place) as found:
-        for entry in found:
-            if not entry.name.startswith("."):
-                is_folder = entry.is_dir()
-                yield os.fsencode(entry.name) + (b"/" if is_folder else b""), is_folder, entry
+    try:
+        with os.scandir(place) as found:
+            for entry in found:
+                if not entry.name.startswith("."):
+                    is_folder = _is_folder(entry)
+                    yield os.fsencode(entry.name) + (b"/" if is_folder else b""), is_folder, entry
+    except OSError as error:
+        raise DataError(
+            "this folder cannot be listed", where=place, got=error.strerror or error,
+            expected="a folder that can be read, and stays while it is listed",
+        ) from None  # fmt: skip
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_within(real: str, real_root: str) -> bool:
+    try:
+        return os.path.commonpath([real, real_root]) == real_root
+    except ValueError:  # another drive
+        return False
 
 
 def _leads_out(root: Path, name: str, real: str) -> DataError:

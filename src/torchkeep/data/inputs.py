@@ -16,11 +16,13 @@ from ..settings import check
 from .audio import AUDIO_SUFFIXES, AudioTable, Clips
 from .blobs import read_file
 from .dataset import whole
-from .frames import column_names, is_table, read_frame
+from .frames import ARROW, JSON_LINES, PARQUET, TABLE_SUFFIXES, Form, column_names, is_table, read_frame
 from .images import IMAGE_SUFFIXES, Images, ImageTable
 from .sources import DataSettings
 from .tables import Table, encode_inputs
 from .text import TEXT_SUFFIXES, TextFiles, Texts, TextTable
+
+_AS_IN_TRAINING = "a dataset as in training, in Python: run.predict(dataset)"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def input_batches(
     form = settings.form
     waiting: list[Path] = []
     for path in list(_expanded(paths, held)):  # all of them are looked for before the first is read
-        if is_table(path, form) and path.suffix.lower() not in TEXT_SUFFIXES:
+        if _holds_rows(path, held, form):
             yield from _file_batches(waiting, held, batch_size)
             waiting = []
             yield from _table_batches(path, held, settings, batch_size)
@@ -77,16 +79,25 @@ def input_batches(
     yield from _file_batches(waiting, held, batch_size)
 
 
+def _holds_rows(path: Path, held: Any, form: Form) -> bool:
+    """Whether a path is a table: an image stays one where the recipe's table is a .csv under another ending."""
+    is_sample = path.suffix.lower() in _suffixes(held) and not isinstance(held, Table)
+    if is_sample and not (form.is_csv and isinstance(held, Texts)):  # a .txt may be either: it was said to be a table
+        return False
+    return is_table(path, form)
+
+
 def _expanded(paths: Sequence[Path], held: Any) -> Iterator[Path]:
     suffixes = _suffixes(held)
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+            found = sorted(file for file in path.rglob("*") if _is_wanted(file.relative_to(path), suffixes))
+            found = [file for file in found if not file.is_dir()]  # a link to nowhere gets a row that says so
             if not found:
                 raise DataError(
                     "there is nothing in this folder that the model takes",
                     where=path,
-                    expected=f"files that end in {', '.join(suffixes) or '.csv, .parquet'}",
+                    expected=f"files that end in {', '.join(suffixes)}" if suffixes else _AS_IN_TRAINING,
                 )
             yield from found
         elif path.is_file():
@@ -95,10 +106,14 @@ def _expanded(paths: Sequence[Path], held: Any) -> Iterator[Path]:
             raise DataError("there is no such input", where=path, got="no such file or folder")
 
 
+def _is_wanted(name: Path, suffixes: tuple[str, ...]) -> bool:
+    return name.suffix.lower() in suffixes and not any(part.startswith(".") for part in name.parts)
+
+
 def _suffixes(held: Any) -> tuple[str, ...]:
-    if isinstance(held, Images):
-        return IMAGE_SUFFIXES
-    return AUDIO_SUFFIXES if isinstance(held, Clips) else TEXT_SUFFIXES if isinstance(held, Texts) else ()
+    """What a folder is searched for."""
+    kinds = {Images: IMAGE_SUFFIXES, Clips: AUDIO_SUFFIXES, Texts: TEXT_SUFFIXES, Table: TABLE_SUFFIXES}
+    return next((suffixes for kind, suffixes in kinds.items() if isinstance(held, kind)), ())
 
 
 def _file_batches(paths: list[Path], held: Any, batch_size: int) -> Iterator[InputBatch]:
@@ -114,38 +129,54 @@ def _file_batches(paths: list[Path], held: Any, batch_size: int) -> Iterator[Inp
         made = Texts(TextFiles(files, "inputs"), None, "inputs", like=held)
     if made is None:
         raise DataError(
-            "this model does not take files", where=paths[0], got="a file", expected="a .csv or .parquet table"
+            "this model does not take files",
+            where=paths[0],
+            got=f"a file that ends in {paths[0].suffix!r}",
+            expected=f"a table: {', '.join(TABLE_SUFFIXES)}" if isinstance(held, Table) else _AS_IN_TRAINING,
         )
     yield from _read(made, batch_size)
 
 
 def _table_batches(path: Path, held: Any, settings: DataSettings, batch_size: int) -> Iterator[InputBatch]:
-    named, shared = column_names(path, settings.form), {"form": settings.form, "like": held}
-    column = settings.image
+    form = _form_of(path, settings.form)
+    named, shared = column_names(path, form), {"form": form, "like": held}
+    column = _column_of(held, settings)
     made: Any = None
     if isinstance(held, Table):
-        yield from _encoded(path, held, settings, batch_size)
+        yield from _encoded(path, held, form, batch_size)
         return
     if isinstance(held, Images):
         made = ImageTable(path, image=column, label=None, **shared) if column in named else None
     elif isinstance(held, Clips):
-        column = settings.audio or "audio"
         made = AudioTable(path, audio=column, label=None, **shared) if column in named else None
     elif isinstance(held, Texts):
-        column = settings.text or "text"
         made = TextTable(path, text=column, target=None, **shared) if column in named else None
     if made is None:
         raise DataError(
             "this model does not take this table",
             where=path,
             got=f"columns {', '.join(named[:20])}",
-            expected=f"a column {column!r}, as in training",
+            expected=f"a column {column!r}, as in training" if _suffixes(held) else _AS_IN_TRAINING,
         )
     yield from _read(made, batch_size, str(path))
 
 
-def _encoded(path: Path, held: Table, settings: DataSettings, batch_size: int) -> Iterator[InputBatch]:
-    columns = encode_inputs(read_frame(path, settings.form), held.encoding, str(path))
+def _column_of(held: Any, settings: DataSettings) -> str:
+    """The column that the training data had; for those of folders the one that the recipe names."""
+    if isinstance(held, Images):
+        said = settings.image
+    else:
+        said = (settings.audio or "audio") if isinstance(held, Clips) else (settings.text or "text")
+    return str(getattr(held, "input_column", said))
+
+
+def _form_of(path: Path, form: Form) -> Form:
+    """format = "csv" and the columns' names are of tables whose ending and first line do not say it."""
+    return Form(text=form.text) if path.suffix.lower() in (*PARQUET, *ARROW, *JSON_LINES) else form
+
+
+def _encoded(path: Path, held: Table, form: Form, batch_size: int) -> Iterator[InputBatch]:
+    columns = encode_inputs(read_frame(path, form), held.encoding, str(path))
     total = len(next(iter(columns.values())))
     for start in range(0, total, batch_size):
         stop = min(start + batch_size, total)

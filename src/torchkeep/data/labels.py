@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..contracts import Field
 from ..errors import DataError, nearest
 from .dataset import Indices
-from .frames import Frame, as_floats, as_texts, is_category, is_text, number_words, require_column
+from .frames import Frame, as_floats, as_texts, is_category, number_words, require_column
 from .index import bytes_of_array
 
 
@@ -57,6 +57,12 @@ class Labels:
         """(N,) int64 where each sample has one class, else None."""
         return self.values.astype(np.int64) if self.field.kind == "label" else None
 
+    def learned_from(self, indices: Indices) -> Labels:
+        """The same labels; the mean and deviation of numbers are those of these samples alone."""
+        if self.field.kind != "number":
+            return self
+        return replace(self, field=number_field(self.values[indices]))
+
     def absorb(self, digest: Any) -> None:
         """Add all of it to a checksum."""
         digest.update("\0".join(self.field.classes).encode("utf-8", "surrogateescape"))
@@ -72,8 +78,10 @@ def labels_of_classes(values: np.ndarray[Any, Any], found: Sequence[str], like: 
     """
     if like is None or like.classes == tuple(found):
         return Labels("label", Field("label", (), tuple(found), is_target=True), values)
+    _check_kind("label", like, where)
     check_classes(found, like.classes, where)
-    place = np.array([like.classes.index(name) for name in found], values.dtype)
+    place_of = {name: place for place, name in enumerate(like.classes)}
+    place = np.array([place_of[name] for name in found], np.int64)
     return Labels("label", like, place[values])
 
 
@@ -81,29 +89,52 @@ def labels_of_column(
     frame: Frame, name: str, where: str, like: Field | None = None, separator: str | None = None
 ) -> Labels:
     """A column as what is to be predicted: texts, bools and whole numbers are classes, lists (or texts with a
-    ``separator``) several classes, floats numbers. Hugging Face's class names are read from its description.
+    ``separator``) several classes, floats numbers; with ``like`` they are what they are there. Hugging Face's class
+    names are read from its description.
 
     Raises:  DataError for a missing column, an empty cell, a type that holds no labels, a class that ``like`` lacks
     """
     column, place = require_column(frame, name, where, "data.label"), f"{where}: column {name!r}"
     _check_filled(column, place)
     names = hub_names(frame, name)
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or separator is not None:
+    kind = like.kind if like is not None else _kind_of(column.type, separator)
+    if kind == "multilabel":
         return _several(column, names, place, like, separator)
-    if pa.types.is_floating(column.type) or (like is not None and like.kind == "number"):
+    if kind == "number":
         values = as_floats(column, name, where).astype(np.float32)
         return Labels("target", like or number_field(values), values)
-    if not (is_category(column.type) or pa.types.is_integer(column.type)):
-        raise DataError(
-            "this column holds no labels",
-            where=place,
-            got=f"type {column.type}",
-            expected="texts, whole numbers, lists",
-        )
+    _check_words(column.type, place, "texts, whole numbers, lists", like)
     texts = _named(column, names, place)
     classes = like.classes if like is not None else _in_order(texts, column, names)
     check_classes(pc.unique(texts).to_pylist(), classes, place)
     return Labels("label", like or Field("label", (), classes, is_target=True), number_words(texts, classes))
+
+
+def _kind_of(kind: Any, separator: str | None) -> str:
+    if _is_list(kind) or separator is not None:
+        return "multilabel"
+    return "number" if pa.types.is_floating(kind) else "label"
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _check_kind(kind: str, like: Field, where: str) -> None:
+    if like.kind != kind:
+        raise DataError(
+            "these labels are of another kind than those of the training data",
+            where=where,
+            got=f"kind {kind!r}",
+            expected=f"kind {like.kind!r}",
+        )
+
+
+def _check_words(kind: Any, place: str, expected: str, like: Field | None) -> None:
+    # 3.0 may stand for a class "3" of the training data, where it cannot be told from a number alone
+    is_word = is_category(kind) or pa.types.is_integer(kind) or (like is not None and pa.types.is_floating(kind))
+    if not is_word:
+        raise DataError("this column holds no labels", where=place, got=f"type {kind}", expected=expected)
 
 
 def number_field(values: np.ndarray[Any, Any]) -> Field:
@@ -141,7 +172,7 @@ def _check_filled(column: Any, place: str) -> None:
 
 def _named(column: Any, names: list[str], place: str) -> Any:
     """Class numbers as their names where those are known; one array of texts."""
-    if not names or not pa.types.is_integer(column.type):
+    if not names or not pa.types.is_integer(column.type) or not len(column):
         return as_texts(column)
     lowest, highest = pc.min(column).as_py(), pc.max(column).as_py()
     if lowest < 0 or highest >= len(names):
@@ -160,21 +191,38 @@ def _in_order(texts: Any, column: Any, names: list[str]) -> tuple[str, ...]:
 
 
 def _several(column: Any, names: list[str], place: str, like: Field | None, separator: str | None) -> Labels:
-    if is_text(column.type):
-        trimmed = pc.utf8_trim_whitespace(column)
-        column = pc.split_pattern(trimmed, separator)
-        column = pc.if_else(pc.equal(trimmed, ""), pa.scalar([], column.type), column)
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        got = f"type {column.type}"
-        raise DataError("this column holds no lists of labels", where=place, got=got, expected="lists, or texts")
-    counts = pc.list_value_length(column).to_numpy()
-    cells = _named(pc.list_flatten(column), names, place)
-    cells = pc.utf8_trim_whitespace(cells)
-    classes = like.classes if like is not None else tuple(names) or tuple(sorted(pc.unique(cells).to_pylist()))
-    check_classes(pc.unique(cells).to_pylist(), classes, place)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    column = _as_lists(column, place, separator)
+    rows = np.repeat(np.arange(len(column)), pc.list_value_length(column).to_numpy())
+    held = pc.list_flatten(column)
+    _check_words(held.type, place, "lists of texts or whole numbers", like)
+    _check_filled(held, f"{place}, lists")
+    cells = pc.utf8_trim_whitespace(_named(held, names, place))
+    is_named = pc.not_equal(cells, "")  # nothing stands between "a||b"
+    cells, rows = pc.filter(cells, is_named), rows[is_named.to_numpy(zero_copy_only=False)]
+    found = pc.unique(cells).to_pylist()
+    classes = like.classes if like is not None else tuple(names) or _in_order(cells, held, names)
+    if not classes:
+        raise DataError("there is no label in any of these rows", where=place, got="empty lists", expected="labels")
+    check_classes(found, classes, place)
+    offsets = np.zeros(len(column) + 1, np.int64)
+    np.cumsum(np.bincount(rows, minlength=len(column)), out=offsets[1:])
     field = Field("multilabel", (len(classes),), classes, is_target=True)
-    return Labels("label", field, number_words(cells, classes), offsets)
+    return Labels("label", like or field, number_words(cells, classes), offsets)
+
+
+def _as_lists(column: Any, place: str, separator: str | None) -> Any:
+    """Lists of labels: texts are parted at the separator; where all cells hold one number they were read as such."""
+    if _is_list(column.type):
+        return column
+    if separator is None or not (is_category(column.type) or pa.types.is_integer(column.type)):
+        raise DataError(
+            "this column holds no lists of labels",
+            where=place,
+            got=f"type {column.type}",
+            expected="lists, or texts with a separator",
+            fix="" if separator else 'separator = "|" if that stands between them',
+        )
+    return pc.split_pattern(as_texts(column), separator)
 
 
 def hub_names(frame: Frame, label: str) -> list[str]:

@@ -40,18 +40,18 @@ def bucketed_order(key: ChanceKey, order: Order, lengths: np.ndarray[Any, Any], 
     """Batches of samples that are about equally long, so that little is padded; their order is mixed again.
 
     The rule: each stretch of 64 batches of ``order`` is sorted by length and cut into batches, which are put in the
-    order of a draw keyed by their place; a last batch that is not full stays last.
+    order of a draw keyed by their place. A last batch that is not full is what ``order`` has last: made of the longest,
+    it would keep them from ever being seen where it is dropped.
     """
     stretch = _BUCKET_BATCHES * batch_size
 
     def one(start: int) -> Indices:
         stop = min(size, start + stretch)
-        ids = order(start, stop)
+        whole = (stop - start) // batch_size
+        ids, rest = np.split(order(start, stop), [whole * batch_size])
         ids = ids[np.argsort(lengths[ids], kind="stable")]
-        whole = len(ids) // batch_size
         places = np.argsort(keyed_bits(key, "buckets", np.arange(start // batch_size, start // batch_size + whole)))
-        mixed = ids[: whole * batch_size].reshape(whole, batch_size)[places].reshape(-1)
-        return np.concatenate([mixed, ids[whole * batch_size :]])
+        return np.concatenate([ids.reshape(whole, batch_size)[places].reshape(-1), rest])
 
     def find(start: int, stop: int) -> Indices:
         first = start // stretch * stretch

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from ..chance import ChanceKey
 from ..errors import BadSampleError
-from .arrays import TARGETS
 from .audio import Clips, decode_audio
 from .dataset import Indices
 from .decode import Pixels, decode_image
-from .duplicates import U64, gradient_hash, letters_of, min_hash, overlap, shingles_of, thumb_of
-from .duplicates import NEAR_CORRELATION, NEAR_JACCARD
-from .foreign import absorb
+from .duplicates import U64, gradient_hash, is_same_picture, is_same_text, letters_of, min_hash, shingles_of, thumb_of
 from .images import IdxImages, Images
 from .mel import log_mel
+from .samples import TARGETS, absorb
 from .text import Texts
 
 _HEARD_S, _HEARD = 30, 0.02  # what is compared of a recording: from where it reaches this share of its peak
@@ -35,13 +33,13 @@ _FORMS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp
 
 @dataclass
 class Reading:
-    """One sample: ``bands`` are keys of which near copies share one, ``bits`` a hash whose distance is theirs."""
+    """One sample: ``bands`` are keys of which near copies share one, ``bits`` hashes whose distance is theirs."""
 
     digest: bytes
     measures: dict[str, float] = field(default_factory=dict)
     categories: dict[str, str] = field(default_factory=dict)
     bands: U64 | None = None
-    bits: int = 0
+    bits: U64 | None = None
     moments: np.ndarray[Any, Any] | None = None  # (2, C): mean and mean square of each channel
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
@@ -81,15 +79,16 @@ class Reader:
 
     def are_near(self, one: Any, other: Any) -> bool:
         """Whether two signatures are those of near copies."""
-        return one is not None and other is not None and float(one @ other) >= NEAR_CORRELATION
+        return one is not None and other is not None and is_same_picture(one, other)
 
     def num_bytes(self, positions: Indices) -> int | None:
         blobs = getattr(self.held, "blobs", None) or getattr(self.held, "source", None)
         sizes = getattr(blobs, "sizes_bytes", None)
         return None if sizes is None else int(np.asarray(sizes)[positions].clip(0).sum())
 
-    def _where(self, index: int) -> str:
-        return f"{self.held.where}: {self.id_of(index)}"
+    def where(self, index: int) -> str:
+        """A sample by its source and name."""
+        return f"{getattr(self.held, 'where', type(self.held).__name__)}: {self.id_of(index)}"
 
     def _targets(self, index: int) -> dict[str, float]:
         kept = getattr(self.held, "_labels", None)
@@ -102,7 +101,7 @@ class ImageReader(Reader):
     def read(self, index: int) -> Reading:
         if isinstance(self.held, IdxImages):
             return _of_pixels(self.held.decoded(index), self._targets(index))
-        where = self._where(index)
+        where = self.where(index)
         data = self.held.blobs.read(index, where)
         made = _of_pixels(decode_image(data, where, self.held.channels, self.held.bits), self._targets(index))
         with Image.open(BytesIO(data)) as opened:
@@ -115,14 +114,14 @@ class ImageReader(Reader):
 
     def picture(self, index: int) -> Pixels:
         pixels = self.held.decoded(index)
-        return pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
+        return np.asarray(pixels if pixels.dtype == np.uint8 else pixels >> 8, np.uint8)
 
 
 class ClipReader(Reader):
     kind = "recordings"
 
     def _wave(self, index: int) -> tuple[Any, int]:
-        return decode_audio(self.held.blobs.read(index, self._where(index)), self._where(index))
+        return decode_audio(self.held.blobs.read(index, self.where(index)), self.where(index))
 
     def read(self, index: int) -> Reading:
         wave, rate = self._wave(index)
@@ -144,7 +143,7 @@ class ClipReader(Reader):
     def picture(self, index: int) -> Pixels:
         """Log-mels of what is heard, the loudest at 1: near copies look alike whatever their gain and lead."""
         mels = _mels_of(*self._wave(index))
-        return np.clip((mels - mels.min()) * _GREYS_PER_LOG, 0, 255).astype(np.uint8)[..., None]
+        return np.asarray(np.clip((mels - mels.min()) * _GREYS_PER_LOG, 0, 255), np.uint8)[..., None]
 
 
 class TextReader(Reader):
@@ -169,7 +168,7 @@ class TextReader(Reader):
         return shingles_of(letters_of(self._text(index)))
 
     def are_near(self, one: Any, other: Any) -> bool:
-        return overlap(one, other) >= NEAR_JACCARD
+        return is_same_text(one, other)
 
 
 class SampleReader(Reader):

@@ -39,15 +39,24 @@ def named_sample(sample: Any, names: Sequence[str] | None, where: str) -> Sample
 def stack(samples: list[Any]) -> Batch:
     """Samples as a batch: tensors and arrays are stacked, numbers become tensors, texts stay lists.
 
-    Python floats become float32. Raises:  DataError where shapes differ, naming the key
+    Python floats become float32. Raises:  DataError where keys or shapes differ, naming the key
     """
+    for sample in samples:
+        if sample.keys() != samples[0].keys():
+            raise DataError(
+                "these samples have different keys and cannot be stacked",
+                where=f"keys {', '.join(sorted(map(str, sample.keys() ^ samples[0].keys())))}",
+                got=f"{', '.join(map(str, sample))} beside {', '.join(map(str, samples[0]))}",
+                expected="the same keys in each sample",
+                fix="collate= takes a function that makes a batch of a list of samples",
+            )
     return {name: _stack_values(name, [sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _stack_values(name: str, values: list[Any]) -> Any:
     first = values[0]
-    if isinstance(first, np.ndarray | np.generic):
-        values = [torch.as_tensor(value) for value in values]
+    if isinstance(first, np.ndarray | np.generic) and first.dtype.kind in "biufc":
+        values = [_as_tensor(value) for value in values]
         first = values[0]
     if isinstance(first, Tensor):
         shapes = {tuple(value.shape) for value in values}
@@ -69,6 +78,12 @@ def _stack_values(name: str, values: list[Any]) -> Any:
     if isinstance(first, tuple | list) and first and isinstance(first[0], int | float | Tensor | np.ndarray):
         return _stack_values(name, [torch.as_tensor(value) for value in values])
     return values
+
+
+def _as_tensor(value: Any) -> Tensor:
+    # torch warns of memory that may not be written to, which a stack only reads
+    is_locked = isinstance(value, np.ndarray) and not value.flags.writeable
+    return torch.as_tensor(value.copy() if is_locked else value)
 
 
 def padded(values: Sequence[Any], fill: float) -> Tensor:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..chance import ChanceKey, keyed_generator, keyed_uniform
 from ..contracts import Sample
-from ..errors import SettingsError, nearest
+from ..errors import DataError, SettingsError, nearest
 
 F32 = np.ndarray[Any, np.dtype[np.float32]]
 Augmentation = str | Callable[[Sample, np.random.Generator], Sample]
 
+_SPEED = (0.85, 1.15)
 _SHIFT_S = 0.1
 _GAIN_DB = 6.0
 _NOISE_DB = (10.0, 40.0)  # signal over noise
 _MASKS = 2
 _MASKED_BANDS = 1 / 6  # at most, of all bands, for each mask
-_MASKED_FRAMES = 1 / 6
+_MASKED_FRAMES = 1 / 10
+
+
+def random_speed(wave: F32, rng: np.random.Generator) -> F32:
+    """Played up to 15 % slower or faster, higher or lower with it, by linear interpolation. Shapes: (C, T) → (C, T')."""
+    size = max(1, round(wave.shape[1] / rng.uniform(*_SPEED)))
+    places = np.linspace(0, wave.shape[1] - 1, size)
+    return np.stack([np.interp(places, np.arange(wave.shape[1]), row) for row in wave]).astype(np.float32)
 
 
 def random_shift(wave: F32, rng: np.random.Generator, sample_rate: int) -> F32:
@@ -41,7 +51,9 @@ def random_gain(wave: F32, rng: np.random.Generator, sample_rate: int) -> F32:
 
 
 def random_noise(wave: F32, rng: np.random.Generator, sample_rate: int) -> F32:
-    """White noise, 10 to 40 dB below the recording; silence stays silent."""
+    """White noise for every second recording, 10 to 40 dB below it; silence stays silent."""
+    if rng.random() < 0.5:
+        return wave
     level = np.sqrt(np.mean(np.square(wave))) * 10 ** (-rng.uniform(*_NOISE_DB) / 20)
     return wave + np.float32(level) * rng.standard_normal(wave.shape, np.float32)
 
@@ -62,13 +74,13 @@ def spec_mask(mel: F32, rng: np.random.Generator) -> F32:
 
 
 _ON_WAVES = {"random_shift": random_shift, "random_gain": random_gain, "random_noise": random_noise}
-_CROP, _MASK = "random_crop", "spec_mask"
-NAMES = (_CROP, *_ON_WAVES, _MASK)
+_SPEED_NAME, _CROP, _MASK = "random_speed", "random_crop", "spec_mask"
+NAMES = (_SPEED_NAME, _CROP, *_ON_WAVES, _MASK)
 
 
 @dataclass(frozen=True)
 class SoundAugmentations:
-    """Names in the order of the list: those on waves first, then the mask on log-mels, then callables.
+    """The speed first, then the crop, those on waves in the order of the list, the mask on log-mels, and callables.
 
     Raises:  SettingsError for an unknown name, and for a mask where there are no log-mels
     """
@@ -98,33 +110,67 @@ class SoundAugmentations:
     def has_callable(self) -> bool:
         return any(callable(entry) for entry in self.entries)
 
+    def change_speed(self, wave: F32, key: ChanceKey, index: int) -> F32:
+        """Before anything has a fixed length. Shapes: (C, T) → (C, T')"""
+        if _SPEED_NAME not in self.entries:
+            return wave
+        return random_speed(wave, keyed_generator(key, _operation(_SPEED_NAME), index))
+
     def crop_start(self, spare: int, key: ChanceKey, index: int) -> int:
-        """Where a longer recording is cut: about its middle, or anywhere with "random_crop"."""
+        """Where a recording that is ``spare`` samples longer is cut, or one that is shorter is placed.
+
+        With "random_crop" anywhere; else about the middle, and at the beginning.
+        """
         if _CROP not in self.entries:
-            return spare // 2
+            return max(spare, 0) // 2
+        spare = abs(spare)
         return int(keyed_uniform(key, _operation(_CROP), np.array([index]))[0, 0] * (spare + 1))
 
     def apply_to_wave(self, wave: F32, key: ChanceKey, index: int, sample_rate: int) -> F32:
         """Shapes:  (C, T) → (C, T)"""
-        for name in self._named(_ON_WAVES):
-            wave = _ON_WAVES[name](wave, keyed_generator(key, _operation(name), index), sample_rate)
+        for name, operation in self._operations():
+            if name in _ON_WAVES:
+                wave = _ON_WAVES[name](wave, keyed_generator(key, operation, index), sample_rate)
         return wave
 
     def apply_to_mel(self, mel: F32, key: ChanceKey, index: int) -> F32:
         """Shapes:  (M, T) → (M, T)"""
-        if _MASK in self.entries:
-            return spec_mask(mel, keyed_generator(key, _operation(_MASK), index))
+        for name, operation in self._operations():
+            if name == _MASK:
+                mel = spec_mask(mel, keyed_generator(key, operation, index))
         return mel
 
     def apply_callables(self, sample: Sample, key: ChanceKey, index: int) -> Sample:
-        """A user's own, each with its generator."""
+        """A user's own, each with its generator.
+
+        Raises:  DataError where one returns something else than a sample with such a recording
+        """
         for place, entry in enumerate(self.entries):
             if callable(entry):
+                kind = sample["audio"].shape[:-1]
                 sample = entry(sample, keyed_generator(key, _operation(f"callable/{place}"), index))
+                _check_sample(sample, kind, entry)
         return sample
 
-    def _named(self, known: Sequence[str] | dict[str, Any]) -> list[str]:
-        return [entry for entry in self.entries if isinstance(entry, str) and entry in known]
+    def _operations(self) -> Iterator[tuple[str, str]]:
+        """The named entries, each with what keys its draws: a second one of a name draws apart from the first."""
+        names = [entry for entry in self.entries if isinstance(entry, str)]
+        for place, name in enumerate(names):
+            earlier = names[:place].count(name)
+            yield name, _operation(f"{name}/{earlier}" if earlier else name)
+
+
+def _check_sample(sample: Any, kind: tuple[int, ...], entry: Any) -> None:
+    audio = sample.get("audio") if isinstance(sample, dict) else None
+    if isinstance(audio, Tensor) and audio.dtype == torch.float32 and audio.shape[:-1] == kind:
+        return
+    got = type(sample).__name__ if not isinstance(sample, dict) else f"'audio' of {type(audio).__name__}"
+    raise DataError(
+        "an augmentation returns something else than a sample",
+        where=getattr(entry, "__qualname__", repr(entry)),
+        got=f"'audio' of {audio.dtype} {tuple(audio.shape)}" if isinstance(audio, Tensor) else got,
+        expected=f"a dict whose 'audio' is a float32 tensor ({', '.join([*map(str, kind), 'T'])})",
+    )
 
 
 def _operation(name: str) -> str:

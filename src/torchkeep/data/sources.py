@@ -280,27 +280,39 @@ def _open_file(settings: DataSettings, path: Path, source: str, base: Path, like
         return open_arrays(path)
     if not is_table(path, settings.form):
         raise _unknown_source(source, f"a file that ends in {path.suffix!r}")
-    kind = _kind_of_table(settings, path)
+    return open_table(settings, path, base, like, train)
+
+
+def open_table(
+    settings: DataSettings, path: Path, base: Path, like: Any = None, train: bool = False, frame: Any = None
+) -> Any:
+    """The dataset that a table holds; ``frame`` is what was read of it already.
+
+    Raises:  DataError where it is not what the settings say
+    """
+    kind, held = kind_of_table(settings, path), path if frame is None else frame
     shared: dict[str, Any] = {"form": settings.form, "like": like}
     rows: dict[str, Any] = {"id": settings.id, "separator": settings.separator, **shared}
     label = settings.predicted or "label"
+    files: dict[str, Any] = {"root": path.parent, "label": label, **rows}
     if kind == "image":
-        rows |= {"image": settings.image, "mask": settings.mask, "label": label}
-        return ImageTable(path, **rows, **settings.image_options(train))
+        files |= {"image": settings.image, "mask": settings.mask}
+        return ImageTable(held, **files, **settings.image_options(train))
     if kind == "audio":
-        return AudioTable(path, audio=settings.audio or "audio", label=label, **rows, **settings.audio_options(train))
+        return AudioTable(held, audio=settings.audio or "audio", **files, **settings.audio_options(train))
     if kind == "text":
         target = None if settings.block_size else label
         texts = TextTable(
-            path, text=settings.text or "text", target=target, **rows, **settings.text_options(base, like)
+            held, text=settings.text or "text", target=target, **rows, **settings.text_options(base, like)
         )
         return TextBlocks(texts, settings.block_size) if settings.block_size else texts
     if settings.predicted is None:
         raise _no_target(path, settings)
-    return Table(path, settings.predicted, **shared, **settings.table_options())
+    return Table(held, settings.predicted, **shared, **settings.table_options())
 
 
-def _kind_of_table(settings: DataSettings, path: Path) -> Kind:
+def kind_of_table(settings: DataSettings, path: Path) -> Kind:
+    """What a table's rows are, by the settings, else by its columns."""
     if settings.kind != "auto":
         return settings.kind
     names = column_names(path, settings.form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -95,7 +96,11 @@ def split_groups(groups: np.ndarray[Any, Any], fraction: float, seed: int, opera
 
 
 def split_time(times: np.ndarray[Any, Any], fraction: float) -> tuple[Indices, Indices]:
-    """Positions of the two parts; everything in the first is earlier than everything in the second."""
+    """Positions of the two parts; everything in the first is earlier than everything in the second.
+
+    Texts, as a group of ``label_pattern`` finds them, are read as numbers or as dates (ISO 8601).
+    """
+    times = _as_times(times) if times.dtype.kind == "U" else times
     missing = np.flatnonzero(times != times) if times.dtype.kind in "fmM" else np.empty(0)
     if missing.size or times.dtype == object:
         got = f"no time in sample {missing[0]}" if missing.size else "values that are no times or numbers"
@@ -103,6 +108,14 @@ def split_time(times: np.ndarray[Any, Any], fraction: float) -> tuple[Indices, I
     count = max(1, int(len(times) * fraction + _SLACK))
     cut = np.sort(times)[-count]
     return _both(times >= cut, fraction)
+
+
+def _as_times(texts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    # as texts "10" would be earlier than "9"
+    for kind in (np.float64, "datetime64[us]"):
+        with contextlib.suppress(ValueError):
+            return texts.astype(kind)
+    return texts.astype(object)
 
 
 def _both(is_valid: np.ndarray[Any, Any], fraction: float, of: str = "") -> tuple[Indices, Indices]:

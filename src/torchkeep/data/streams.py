@@ -30,7 +30,8 @@ class Stream(Dataset[Any]):
     ``set_epoch(epoch)`` of the dataset is called before each. With ``buffer`` the order of training is mixed within so
     many samples, by keyed chance.
 
-    Raises:  DataError if nothing comes, if ``length`` is not known, or if a sample's parts need names
+    Raises:  DataError if nothing comes, if ``length`` is not known, if it can be read only once, or if a sample's parts
+             need names
     """
 
     threads = False
@@ -39,6 +40,7 @@ class Stream(Dataset[Any]):
         self.dataset, self.buffer = dataset, buffer
         self.names = tuple(names) if names is not None else None
         self.where = type(dataset).__name__
+        _check_repeats(dataset, self.where)
         self._length = length if length is not None else _length_of(dataset, self.where)
         with kept_generators():
             first = next(iter(self.samples(ChanceKey())), None)
@@ -88,15 +90,13 @@ class Stream(Dataset[Any]):
             yield named_sample(sample, self.names, f"sample {place} of {self.where}")
 
     def _raw(self, key: ChanceKey) -> Iterator[Any]:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(key.epoch)
         generators = borrowed_generators(keyed_seed(key, "stream"))
+        iteration: Iterator[Any] | None = None
         place = 0
-        with generators():
-            iteration = iter(self.dataset)
         while True:
             try:
                 with generators():
+                    iteration = iteration or self._begun(key)
                     sample = next(iteration)
             except StopIteration:
                 return
@@ -109,6 +109,11 @@ class Stream(Dataset[Any]):
                 ) from error
             place += 1
             yield sample
+
+    def _begun(self, key: ChanceKey) -> Iterator[Any]:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(key.epoch)
+        return iter(self.dataset)
 
     def _mixed(self, key: ChanceKey) -> Iterator[Sample]:
         """Each time one of the buffer leaves, by a draw keyed by the place, and the next sample takes its place."""
@@ -143,6 +148,18 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) or is_iterable
 
 
+def _check_repeats(dataset: Any, where: str) -> None:
+    # a class may begin anew in its __iter__, and be its own iterator; Python's own iterators never do
+    if isinstance(dataset, Iterator) and type(dataset).__module__ in ("builtins", "itertools"):
+        raise DataError(
+            "this can be read only once, and each epoch reads it anew",
+            where=where,
+            got=f"an iterator, {where}",
+            expected="a dataset whose __iter__ begins anew",
+            fix="a class with __iter__, or a list of the samples",
+        )
+
+
 def _length_of(dataset: Any, where: str) -> int:
     try:
         return len(dataset)
@@ -152,5 +169,5 @@ def _length_of(dataset: Any, where: str) -> int:
             where=where,
             got="an iterable without a length",
             expected="a number of samples",
-            fix="tk.Foreign(dataset, length=10_000), or data.length in a recipe",
+            fix="tk.Stream(dataset, length=10_000), or data.length in a recipe",
         ) from None

@@ -8,13 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from ..contracts import Json
 from ..errors import DataError
-from . import duplicates
+from . import drift, duplicates
 from .contents import BadSample, Contents, read_contents
-from .drift import DRIFT, FEW_SAMPLES, IMBALANCE, Drift, Problem, class_counts, drifts, label_problems, listed, plain_label
+from .drift import Drift, Problem, class_counts, drifts, label_problems, listed, plain_label, word_counts
 from .duplicates import equal_rows, near_rows
 
 Progress = Callable[[int, int], None]
@@ -24,38 +24,20 @@ _SIGNATURES = 20_000  # thumbs of 4 KB
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Numbers of one split: how many there are, how many samples lack one, and how they lie."""
-
-    count: int
-    missing: int
-    min: float
-    median: float
-    max: float
-    mean: float
-    std: float
-
-
-@dataclass(frozen=True)
-class Words:
-    """Categories of one split: different ones, samples without one, and the most frequent with their counts."""
-
-    distinct: int
-    missing: int
-    top: dict[str, int]
-
-
-@dataclass(frozen=True)
 class SplitSurvey:
-    """One split. ``mean`` and ``std`` are those of each channel, white or full scale being 1, each sample alike."""
+    """One split. ``mean`` and ``std`` are those of each channel, white or full scale being 1, each sample alike.
+
+    ``measures`` holds count, missing, min, median, max, mean, std of each number; ``categories`` the different values
+    of each, those missing, and the most frequent with their counts.
+    """
 
     kind: str
     num_samples: int
     num_read: int
     num_bytes: int | None
     classes: dict[str, int]
-    measures: dict[str, Spread]
-    categories: dict[str, Words]
+    measures: dict[str, dict[str, float]]
+    categories: dict[str, dict[str, Any]]
     mean: list[float]
     std: list[float]
     bad: list[BadSample]
@@ -63,9 +45,10 @@ class SplitSurvey:
 
 @dataclass(frozen=True)
 class Member:
-    """A sample of a group of copies."""
+    """A sample of a group of copies; ``index`` is its place in the dataset that its split is, or is a part of."""
 
     split: str
+    index: int
     id: str
     labels: tuple[str, ...]
 
@@ -94,7 +77,8 @@ class Survey:
         """JSON values, with the thresholds that were used."""
         thresholds = {
             "near_bits": duplicates.NEAR_BITS, "near_correlation": duplicates.NEAR_CORRELATION,
-            "near_jaccard": duplicates.NEAR_JACCARD, "few_samples": FEW_SAMPLES, "imbalance": IMBALANCE, "drift": DRIFT,
+            "near_jaccard": duplicates.NEAR_JACCARD, "few_samples": drift.FEW_SAMPLES,
+            "imbalance": drift.IMBALANCE, "drift": drift.DRIFT,
         }  # fmt: skip
         return {"format": 1, "thresholds": thresholds, **asdict(self)}
 
@@ -135,7 +119,7 @@ def examined(
     problems = [*known, *label_problems(splits), *_differences(splits), *_notes(splits)]
     made = Survey(
         {name: _summary(held) for name, held in splits.items()}, copies, _leaks(copies, first, others), problems,
-        sorted(apart, key=lambda found: (not found.is_over, found.bound - found.value)),
+        sorted(apart, key=lambda found: (not found.is_over, -found.value / found.bound)),
     )  # fmt: skip
     return made, splits
 
@@ -149,19 +133,17 @@ def _summary(held: Contents) -> SplitSurvey:
     )  # fmt: skip
 
 
-def _spread(values: np.ndarray[Any, Any]) -> Spread:
+def _spread(values: np.ndarray[Any, Any]) -> dict[str, float]:
     known = values[np.isfinite(values)]
-    if not len(known):
-        return Spread(0, len(values), 0.0, 0.0, 0.0, 0.0, 0.0)
-    low, median, high = np.quantile(known, [0, 0.5, 1]).tolist()
-    return Spread(len(known), len(values) - len(known), low, median, high, float(known.mean()), float(known.std()))
+    low, median, high = np.quantile(known, [0, 0.5, 1]).tolist() if len(known) else (0.0, 0.0, 0.0)
+    mean, std = (float(known.mean()), float(known.std())) if len(known) else (0.0, 0.0)
+    counts = {"count": len(known), "missing": len(values) - len(known)}
+    return counts | {"min": low, "median": median, "max": high, "mean": mean, "std": std}
 
 
-def _words(values: Any) -> Words:
-    found = pc.value_counts(pc.drop_null(values))
-    pairs = zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True)
-    top = sorted(pairs, key=lambda pair: -pair[1])[:_MOST_WORDS]
-    return Words(len(found), values.null_count, dict(top))
+def _words(values: Any) -> dict[str, Any]:
+    found = word_counts(values)
+    return {"values": len(found), "missing": values.null_count, "top": dict(found.most_common(_MOST_WORDS))}
 
 
 def _copies(splits: Mapping[str, Contents]) -> Iterator[Copies]:
@@ -170,12 +152,10 @@ def _copies(splits: Mapping[str, Contents]) -> Iterator[Copies]:
     equal = equal_rows(np.concatenate([held.digests for held in splits.values()]))
     for rows in equal:
         yield _group("exact", rows, places, splits)
-    bands = [held.bands for held in splits.values() if len(held.positions)]
-    if not bands or any(held is None or held.shape[1] != bands[0].shape[1] for held in bands if bands[0] is not None):
+    bands = [held.bands for held in splits.values() if held.bands is not None]
+    if len(bands) < len(splits) or len({held.shape[1] for held in bands}) > 1:
         return
-    if bands[0] is None:
-        return
-    stacked = np.concatenate([held for held in bands if held is not None])
+    stacked = np.concatenate(bands)
     is_first = np.ones(len(places), bool)
     for rows in equal:
         is_first[rows[1:]] = False
@@ -197,7 +177,10 @@ def _comparison(places: Sequence[tuple[str, int]], splits: Mapping[str, Contents
 
 def _group(kind: str, rows: Any, places: Sequence[tuple[str, int]], splits: Mapping[str, Contents]) -> Copies:
     found = [places[row] for row in rows.tolist()]
-    members = [Member(name, splits[name].id_of(row), splits[name].labels[row]) for name, row in found]
+    members = [
+        Member(name, int(splits[name].positions[row]), splits[name].id_of(row), splits[name].labels[row])
+        for name, row in found
+    ]
     meant = {frozenset(map(plain_label, member.labels)) for member in members if member.labels}
     return Copies(kind, members, len({member.split for member in members}) > 1, len(meant) > 1)
 
@@ -222,11 +205,11 @@ def _differences(splits: Mapping[str, Contents]) -> Iterator[Problem]:
             wanted, found = ({*splits[each].measures, *splits[each].categories} for each in (first, name))
             if wanted != found:
                 yield Problem(name, f"columns that are not alike in {first} and here", listed(sorted(wanted ^ found)))
-    for name, held in splits.items():
-        sizes = held.categories.get("size")
-        if held.kind == "images" and getattr(held.reader.held, "image_size", 1) is None and len(pc.unique(sizes)) > 1:
-            which = f"{len(pc.unique(sizes)):,} sizes"
-            yield Problem(name, "images of several sizes, which training cannot batch", which, "data.image_size = 224")
+    sized = [held for held in splits.values() if getattr(held.reader.held, "image_size", 1) is None]
+    sizes = {size for held in sized for size in held.categories.get("size", pa.array([])).to_pylist()}
+    if len(sizes) > 1:
+        what = "images of several sizes, which training cannot batch"
+        yield Problem(", ".join(splits), what, f"{len(sizes):,} sizes", "data.image_size = 224")
 
 
 def _notes(splits: Mapping[str, Contents]) -> Iterator[Problem]:

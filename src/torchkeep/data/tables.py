@@ -261,6 +261,8 @@ def _learn(frame: Frame, target: str, task: Task, options: TableOptions, where: 
             )
         if name not in forced:
             check_one_kind(frame[name], name, where)
+    if task == "auto":
+        check_one_kind(frame[target], target, where)
     categories = [name for name in columns if name in forced or is_category(frame[name].type)]
     if not columns:
         raise DataError("this table has no column beside its target", where=where, got=f"columns {frame.column_names}")

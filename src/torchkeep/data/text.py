@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +22,14 @@ from .frames import Form, Source, is_text, read_frame, require_column, where_of
 from .index import Layout, list_folder
 from .labels import Labels, labels_of_classes, labels_of_column
 from .samples import padded
-from .tokens import Tokenizer, make_tokenizer
+from .tokens import HubTokenizer, Tokenizer, WordTokenizer, make_tokenizer
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 MAX_LENGTH = 512
 
 _LEARN_AT_ONCE = 4096
+_LEAST_COUNT = 2  # of a word in the blocks that it is learned from, as in WordTokenizer.learn
+_KEPT_BYTES = 1 << 26  # of texts whose tokens are kept: usually as many bytes of tokens, at most four times as many
 
 
 class TextSource(Protocol):
@@ -124,12 +127,62 @@ class TextFiles:
         return self._files.sizes_bytes
 
 
+class _KeptTokens:
+    """Tokens as they were made, one text's after another's, so that a second epoch does not make them again.
+
+    Shapes:  stream (n,) int32; starts (N,) int64; counts (N,) int32, 0 where a text's tokens are not made yet
+    """
+
+    def __init__(self, size: int):
+        self._stream = np.empty(0, np.int32)
+        self._starts, self._counts = np.zeros(size, np.int64), np.zeros(size, np.int32)
+        self._end = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return _KeptTokens, (len(self._counts),)  # another process keeps its own
+
+    def rows(self, indices: Indices, make: Callable[[Indices], list[np.ndarray[Any, Any]]]) -> list[Any]:
+        """The tokens of some texts, (T,) each, made where they are not here yet."""
+        missing = indices[self._counts[indices] == 0]
+        if len(missing) and not self._add(missing, make(missing)):
+            return make(indices)
+        places = zip(self._starts[indices].tolist(), self._counts[indices].tolist(), strict=True)
+        stream = self._stream  # after the places: it holds at least what they name
+        return [stream[start : start + count] for start, count in places]
+
+    def _add(self, indices: Indices, rows: list[np.ndarray[Any, Any]]) -> bool:
+        if not self._lock.acquire(timeout=0.01):  # a fork may have left it locked for ever
+            return False
+        try:
+            counts = np.array([len(row) for row in rows])
+            end = self._end + int(counts.sum())
+            if end > len(self._stream):
+                grown = np.empty(2 * end, np.int32)
+                grown[: self._end] = self._stream[: self._end]
+                self._stream = grown
+            self._stream[self._end : end] = np.concatenate(rows)
+            self._starts[indices] = self._end + np.cumsum(counts) - counts
+            self._counts[indices] = counts  # last: who sees a count finds the tokens
+            self._end = end
+        finally:
+            self._lock.release()
+        return True
+
+
+def _kept_tokens(source: TextSource) -> _KeptTokens | None:
+    sizes_bytes = source.sizes_bytes
+    if sizes_bytes is None or int(np.sum(sizes_bytes)) + 16 * len(source) > _KEPT_BYTES:
+        return None
+    return _KeptTokens(len(source))
+
+
 class Texts(KeyedData):
     """What the sources of texts share.
 
     ``tokenizer`` is "bytes", "words" (learned from these texts), a tokenizer.json, a folder or "hf:NAME" of a Hugging
-    Face tokenizer, or a ``Tokenizer``; with ``like`` it is that of the training data. Longer texts are cut at
-    ``max_length`` tokens.
+    Face tokenizer, or a ``Tokenizer``; with ``like`` and without another name it is that of the training data. Longer
+    texts are cut at ``max_length`` tokens.
 
     Shapes:  "input_ids" int64 (T,); in a batch (B, T), padded, with "attention_mask" int64 (B, T): 1 where a token is
     """
@@ -137,6 +190,7 @@ class Texts(KeyedData):
     threads = True  # a Hugging Face tokenizer works outside the GIL
     max_length: int
     tokenizer: Tokenizer
+    learns: bool  # whether the vocabulary is that of these texts
 
     def __init__(
         self,
@@ -152,11 +206,13 @@ class Texts(KeyedData):
         known = whole_of(like, Texts, "a dataset of texts", where)
         self.source, self._labels, self.where = source, labels, where
         self.max_length = max_length or (known.max_length if known else MAX_LENGTH)
-        if isinstance(tokenizer, str) or (tokenizer is None and known is None):
-            self.tokenizer = make_tokenizer(tokenizer or "words", base, _some_texts(source, np.arange(len(source))))
-        else:
-            self.tokenizer = tokenizer or known.tokenizer  # type: ignore[union-attr]  # one of the two is there
-        self._learns = tokenizer == "words" or (tokenizer is None and known is None)
+        if known is not None and tokenizer in (None, known.tokenizer.name):  # words of these texts would be other words
+            tokenizer = known.tokenizer
+        self.learns = tokenizer in (None, "words")
+        if tokenizer is None or isinstance(tokenizer, str):
+            tokenizer = make_tokenizer(tokenizer or "words", base, _some_texts(source, np.arange(len(source))))
+        self.tokenizer = tokenizer
+        self._kept = _kept_tokens(source)
         self.schema = self._schema()
 
     def _schema(self) -> Schema:
@@ -166,11 +222,18 @@ class Texts(KeyedData):
         return Schema({**fields, "id": Field("object")})
 
     def learned_from(self, indices: Indices) -> Texts:
-        """The same texts; a vocabulary that was learned from them is learned from these alone."""
-        if not self._learns:
-            return self
+        """The same texts; a learned vocabulary, and the mean of a target of numbers, are those of these alone."""
+        learned = WordTokenizer.learn(_some_texts(self.source, indices)) if self.learns else self.tokenizer
+        made = self.with_tokenizer(learned)
+        made._labels = self._labels.learned_from(indices) if self._labels is not None else None
+        made.schema = made._schema()
+        return made
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> Texts:
+        """The same texts in other tokens."""
         made = copy.copy(self)
-        made.tokenizer = make_tokenizer("words", None, _some_texts(self.source, indices))
+        made.tokenizer = tokenizer
+        made._kept = _kept_tokens(self.source)
         made.schema = made._schema()
         return made
 
@@ -178,7 +241,10 @@ class Texts(KeyedData):
         return len(self.source)
 
     def tokens(self, indices: Indices) -> list[np.ndarray[Any, Any]]:
-        """The tokens of some texts, each (T,) int32."""
+        """The tokens of some texts, each (T,) int32; made once where the texts are few enough to keep them."""
+        return self._made(indices) if self._kept is None else self._kept.rows(indices, self._made)
+
+    def _made(self, indices: Indices) -> list[np.ndarray[Any, Any]]:
         return self.tokenizer.encode_batch(self.source.texts(indices), self.max_length)
 
     def read(self, index: int, key: ChanceKey) -> Sample:
@@ -256,6 +322,7 @@ class TextTable(FrameRows, Texts):
         if target is not None:
             field = target_of(whole_of(options.get("like"), Texts, "a dataset of texts", where))
             labels = labels_of_column(frame, target, where, field, separator)
+        self.input_column = text
         self._keep(frame, [text], id, where)
         super().__init__(cells, labels, where, **options)
 
@@ -276,11 +343,16 @@ class TextFolder(Texts):
         **options: Any,
     ):
         listing = list_folder(Path(root), Layout(TEXT_SUFFIXES, "texts", has_classes, label_pattern, follow_links))
+        self.listing = listing
         labels, where = None, str(root)
         if has_classes:
             field = target_of(whole_of(options.get("like"), Texts, "a dataset of texts", where))
             labels = labels_of_classes(listing.labels, listing.classes, field, where)
         super().__init__(TextFiles(ListedFiles(listing), where), labels, where, **options)
+
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """What a group of ``label_pattern`` finds in each name, (N,) texts."""
+        return self.listing.column(name)
 
 
 class TextBlocks(KeyedData):
@@ -294,26 +366,21 @@ class TextBlocks(KeyedData):
     """
 
     def __init__(self, texts: Texts, block_size: int):
-        self.texts, self.block_size = texts, block_size
-        self.where, self.tokenizer = texts.where, texts.tokenizer
-        count = texts.tokenizer.num_tokens
-        target = Field("tokens", (block_size,), num_tokens=count, is_target=True)
-        self.schema = Schema({"input_ids": Field("tokens", (block_size,), num_tokens=count), "target": target})
+        self.texts, self.block_size, self.where = texts, block_size, texts.where
+        shape, count = (block_size,), self.tokenizer.num_tokens
+        target = Field("tokens", shape, num_tokens=count, is_target=True)
+        self.schema = Schema({"input_ids": Field("tokens", shape, num_tokens=count), "target": target})
         self._stream: np.ndarray[Any, Any] | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.texts.tokenizer
 
     @property
     def stream(self) -> np.ndarray[Any, Any]:
         """All tokens, (N,) uint16 or int32."""
         if self._stream is None:
-            kind = np.uint16 if self.tokenizer.num_tokens <= 1 << 16 else np.int32
-            end = self.tokenizer.encode_batch([""], None)[0][-1:]
-            parts = [np.empty(0, kind)]
-            for start in range(0, len(self.texts), _LEARN_AT_ONCE):
-                stop = min(start + _LEARN_AT_ONCE, len(self.texts))
-                read = self.texts.source.texts(np.arange(start, stop))
-                for tokens in self.tokenizer.encode_batch(read, None):
-                    parts += [tokens.astype(kind), end.astype(kind)][: 1 if tokens[-1] == end[0] else 2]
-            self._stream = np.concatenate(parts)
+            self._stream = np.concatenate(list(self._parts()))
             if len(self) == 0:
                 raise DataError(
                     "these texts do not fill one block",
@@ -324,6 +391,38 @@ class TextBlocks(KeyedData):
                 )
         return self._stream
 
+    def _parts(self) -> Iterator[np.ndarray[Any, Any]]:
+        kind = np.uint16 if self.tokenizer.num_tokens <= 1 << 16 else np.int32
+        end = self.tokenizer.encode_batch([""], None)[0][-1:]
+        closes = isinstance(self.tokenizer, HubTokenizer)  # many of these end each text themselves
+        for start in range(0, len(self.texts), _LEARN_AT_ONCE):
+            read = self.texts.source.texts(np.arange(start, min(start + _LEARN_AT_ONCE, len(self.texts))))
+            for text, tokens in zip(read, self.tokenizer.encode_batch(read, None), strict=True):
+                yield tokens.astype(kind)
+                if text and not (closes and tokens[-1] == end[0]):
+                    yield end.astype(kind)
+
+    def learned_from(self, indices: Indices) -> TextBlocks:
+        """The same blocks; a learned vocabulary is that of these alone, and other words become unknown."""
+        known = self.tokenizer
+        if not self.texts.learns or not isinstance(known, WordTokenizer):
+            return self
+        counts = np.bincount(self.stream[self._places(indices)].reshape(-1), minlength=known.num_tokens)
+        first = known.num_tokens - len(known.words)
+        counts[:first] = 0
+        found = np.flatnonzero(counts >= _LEAST_COUNT).tolist() or np.flatnonzero(counts).tolist()
+        found.sort(key=lambda number: (-counts[number], known.words[number - first]))
+        renumbered = np.full(known.num_tokens, known.unknown_id, self.stream.dtype)
+        renumbered[found] = np.arange(first, first + len(found))
+        tokenizer = WordTokenizer([known.words[number - first] for number in found])
+        made = TextBlocks(self.texts.with_tokenizer(tokenizer), self.block_size)
+        made._stream = renumbered[self.stream]
+        return made
+
+    def _places(self, indices: Indices) -> Indices:
+        """Where the blocks' tokens stand in the stream, and the one that follows each. Shapes: (B,) → (B, T + 1)."""
+        return indices[:, None] * self.block_size + np.arange(self.block_size + 1)
+
     def __len__(self) -> int:
         return (len(self.stream) - 1) // self.block_size
 
@@ -332,8 +431,7 @@ class TextBlocks(KeyedData):
 
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch:
         """Shapes:  indices (B,) → "input_ids" and "target" int64 (B, T)"""
-        places = indices[:, None] * self.block_size + np.arange(self.block_size + 1)
-        tokens = torch.from_numpy(self.stream[places].astype(np.int64))
+        tokens = torch.from_numpy(self.stream[self._places(indices)].astype(np.int64))
         return {"input_ids": tokens[:, :-1], "target": tokens[:, 1:]}
 
     def fingerprint(self) -> str:

@@ -88,10 +88,14 @@ class WordTokenizer(Tokenizer):
         self._ids = {word: number for number, word in enumerate(self.words, 2)}
 
     @classmethod
-    def learn(cls, texts: Iterable[str], min_count: int = 1, max_words: int | None = None) -> WordTokenizer:
-        """The words of these texts, by falling count, then alphabet."""
+    def learn(cls, texts: Iterable[str], min_count: int = 2, max_words: int | None = None) -> WordTokenizer:
+        """The words of these texts, by falling count, then alphabet.
+
+        Words that come less often than ``min_count`` are left out, so that "unknown" is learned too; where that leaves
+        none, all are kept.
+        """
         counts = Counter(word for text in texts for word in words_of(text))
-        known = [word for word, count in counts.items() if count >= min_count]
+        known = [word for word, count in counts.items() if count >= min_count] or list(counts)
         return cls(sorted(known, key=lambda word: (-counts[word], word))[:max_words])
 
     def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray[Any, Any]]:

@@ -42,8 +42,12 @@ class Prediction:
 def predict_all(prepared: Prepared, inputs: Any, settings: DataSettings | None) -> Iterator[Prediction]:
     """A prediction for each input, in order.
 
-    Raises:  DataError for a path that is not there, or of a kind that the model does not take
+    Raises:  DataError for a path that is not there, or of a kind that the model does not take; ModelError for a model
+             that says more than one thing of an input
     """
+    target = _target_of(prepared)
+    if target is not None and target.kind in ("mask", "tokens"):
+        raise _says_more(f"a {'class for each pixel' if target.kind == 'mask' else 'next token for each token'}")
     for part in _parts(prepared, inputs, settings):
         read = iter(_predict_batch(prepared, part.batch) if part.batch is not None else [])
         for position, name in enumerate(part.names):
@@ -60,27 +64,26 @@ def _predict_batch(prepared: Prepared, batch: Batch) -> list[dict[str, Any]]:
         autocast(prepared.precision, prepared.device),
     ):
         output = prediction_of(prepared.binding.call(prepared.mover(batch))).float().cpu()
+    return said_of(output, _target_of(prepared), prepared.objective.name)
+
+
+def _target_of(prepared: Prepared) -> Field | None:
     schema = prepared.work.train.schema
-    target = next((schema[name] for name in schema.targets), None)
-    return said_of(output, target, is_binary=prepared.objective.name == "binary_cross_entropy")
+    return next((schema[name] for name in schema.targets), None)
 
 
-def said_of(output: Tensor, target: Field | None, is_binary: bool = False) -> list[dict[str, Any]]:
+def said_of(output: Tensor, target: Field | None, loss: str = "") -> list[dict[str, Any]]:
     """Logits as labels with their probabilities, other outputs as numbers.
 
-    Shapes:  output (B, K), (B, 1) or (B,); one logit for two classes where ``is_binary``
+    Shapes:  output (B, K), (B, 1) or (B,); with the loss "binary_cross_entropy" each is the logit of two classes
+    Raises:  ModelError for any other output
     """
     classes = target.classes if target is not None else ()
-    if target is not None and target.kind == "multilabel":
-        return [_several(row, classes) for row in output.sigmoid()]
-    if output.ndim > 2:
-        raise ModelError(
-            "this model says more than one thing of an input",
-            where="predict",
-            got=f"outputs {tuple(output.shape)}",
-            expected="(B, K) logits or (B,) numbers",
-            fix="run.model() gives the model to call yourself",
-        )
+    is_binary = loss == "binary_cross_entropy"
+    if output.ndim > 2 or (output.ndim == 2 and output.shape[1] > 1 and loss == "mse"):
+        raise _says_more(f"outputs {tuple(output.shape)}")
+    if output.ndim == 2 and (output.shape[1] > 1 or (target is not None and target.kind == "multilabel")) and is_binary:
+        return [_several(row, classes or [str(i) for i in range(len(row))]) for row in output.sigmoid()]
     if output.ndim == 1 or output.shape[1] == 1:
         numbers = output.reshape(len(output))
         if not is_binary:
@@ -91,6 +94,16 @@ def said_of(output: Tensor, target: Field | None, is_binary: bool = False) -> li
         {"label": classes[i] if i < len(classes) else str(i), "probability": float(p)}
         for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
+
+
+def _says_more(got: str) -> ModelError:
+    return ModelError(
+        "this model says more than one thing of an input",
+        where="predict",
+        got=got,
+        expected="(B, K) logits or (B,) numbers",
+        fix="run.model() gives the model to call yourself",
+    )
 
 
 def _several(probabilities: Tensor, classes: Sequence[str]) -> dict[str, Any]:

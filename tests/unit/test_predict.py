@@ -194,6 +194,7 @@ def test_several_labels_are_those_above_one_half() -> None:
     said = said_of(torch.tensor([[2.0, -1.0, 3.0], [-4.0, -3.0, -5.0]]), field, "binary_cross_entropy")
     assert [row["label"] for row in said] == ["x|z", ""]
     assert said[0]["probability"] == pytest.approx(1 / (1 + np.exp(-1)))  # that of the least sure decision
+    assert said_of(torch.tensor([[0.1, -0.1, -9.0]]), field, "binary_cross_entropy")[0]["label"] == "x"
     one = Field("multilabel", (1,), ("x",), is_target=True)
     assert [row["label"] for row in said_of(torch.tensor([[2.0], [-2.0]]), one, "binary_cross_entropy")] == ["x", ""]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import os
 import signal
@@ -74,10 +75,10 @@ def label(number: int) -> str:
 
 def write_texts(desk: Any) -> None:
     rows = [
-        f"{'a fine' if i % 2 else 'a dull'} film number {i} {'or so ' * (i % 5)},{label(i)},{i // 4}"
+        f"{'a fine' if i % 2 else 'a dull'} film number {i} {'or so ' * (i % 5)},{label(i)},{i // 4},{100 + i % 2}.5"
         for i in range(SIZE)
     ]
-    desk.write("texts.csv", "\n".join(["text,label,who", *rows]) + "\n")
+    desk.write("texts.csv", "\n".join(["text,label,who,stars", *rows]) + "\n")
 
 
 def write_books(desk: Any) -> None:
@@ -144,7 +145,8 @@ def write_hub(desk: Any) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
     rows = {"image": [{"bytes": picture(i), "path": None} for i in range(SIZE)], "label": [i % 2 for i in range(SIZE)]}
     whole = datasets.Dataset.from_dict(rows, features=features)
-    parts = {"train": whole.select(range(24)), "validation": whole.select(range(24, SIZE))}
+    ends = {"train": (0, 20), "validation": (20, 26), "test": (26, SIZE)}
+    parts = {name: whole.select(range(*places)) for name, places in ends.items()}
     datasets.disable_progress_bars()
     datasets.DatasetDict(parts).save_to_disk(str(desk.folder / "saved"))
 
@@ -154,7 +156,19 @@ CASES: dict[str, tuple[Callable[[Any], None], str, str, list[str]]] = {
     "texts": (write_texts, f'train = "texts.csv"\n{FRACTION}', TEXTCONV, ["accuracy", "f1"]),
     "transformer": (write_texts, f'train = "texts.csv"\nmax_length = 6\n{FRACTION}', TRANSFORMER, ["accuracy"]),
     "bytes": (write_texts, f'train = "texts.csv"\ntokenizer = "bytes"\n{FRACTION}', TEXTCONV, ["accuracy"]),
+    "a number of each text": (
+        write_texts,
+        f'train = "texts.csv"\ntarget = "stars"\n{FRACTION}',
+        TEXTCONV,
+        ["r2", "mean_absolute_error"],
+    ),
     "blocks": (write_books, f'train = "books"\nblock_size = 8\n{FRACTION}', TRANSFORMER, ["accuracy"]),
+    "blocks beside blocks": (
+        write_books,
+        'train = "books"\nvalid = "books"\nblock_size = 8\ntokenizer = "bytes"',
+        TRANSFORMER,
+        ["accuracy"],
+    ),
     "sounds": (
         write_sounds,
         f'train = "sounds"\nlabel_pattern = "^(?P<label>[a-z]+)_"\naugment = ["random_gain", "spec_mask"]\n{FRACTION}',
@@ -234,8 +248,11 @@ def test_every_kind_trains_and_is_measured(desk: Any, case: str) -> None:
     wanted = {f"valid/{name}" for name in ("loss", *CASES[case][3])}
     assert wanted <= set(end["metrics"])
     assert all(math.isfinite(value) for value in end["metrics"].values()), end["metrics"]
-    measured = desk.say("evaluate", "runs/kind", "--json")
-    assert measured.code == 0, measured.err
+    source = CASES[case][1].split('"')[1]
+    for words in ((), (source,)):  # the validation split, and all of the data by their name
+        measured = desk.say("evaluate", "runs/kind", *words, "--json")
+        assert measured.code == 0, measured.err
+        assert all(math.isfinite(value) for value in json.loads(measured.out).values())
 
 
 @pytest.mark.parametrize("case", ["texts", "blocks", "sounds"])

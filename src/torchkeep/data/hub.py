@@ -25,7 +25,7 @@ from ..contracts import KeyedDataset, Sample
 from ..errors import DataError, nearest
 from .audio import AudioTable
 from .dataset import Indices, Part
-from .frames import Frame, is_text
+from .frames import Frame, is_text, where_of
 from .images import ImageTable
 from .streams import Stream
 from .tables import Table
@@ -106,17 +106,23 @@ def open_hub_frame(
     found, name = _kind_of(held.frame, kind, column)
     if label is None:
         label = next((known for known in _LABEL_COLUMNS if known in held.frame.column_names), "label")
-    made: Any
-    if found == "table":
-        made = Table(held.frame, label, **options)
-    elif found == "text":
-        made = TextTable(held.frame, text=name, target=label, identity=held.identity, **options)
-    elif found == "image":
-        made = ImageTable(held.frame, image=name, label=label, identity=held.identity, **options)
-    else:
-        made = AudioTable(held.frame, audio=name, label=label, identity=held.identity, **options)
+    try:
+        made = _made(held, found, name, label, options)
+    except DataError as error:
+        error.where = error.where.replace(where_of(held.frame), held.where)
+        raise
     made.where = held.where
     return cast(KeyedDataset, made)
+
+
+def _made(held: HubFrame, kind: Kind, column: str, label: str, options: dict[str, Any]) -> Any:
+    if kind == "table":
+        return Table(held.frame, label, **options)
+    if kind == "text":
+        return TextTable(held.frame, text=column, target=label, identity=held.identity, **options)
+    if kind == "image":
+        return ImageTable(held.frame, image=column, label=label, identity=held.identity, **options)
+    return AudioTable(held.frame, audio=column, label=label, identity=held.identity, **options)
 
 
 def _kind_of(frame: Frame, kind: Kind | Literal["auto"], column: str | None) -> tuple[Kind, str]:
@@ -156,12 +162,10 @@ def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
     called, config, said = _parsed(name)
     datasets = _library()
     wanted, folder = said or split, Path(called).expanduser()
+    is_saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     try:
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        if is_saved:
             loaded = datasets.load_from_disk(str(folder))
-            if streaming:
-                loaded = loaded[wanted] if isinstance(loaded, dict) else loaded
-                return loaded.to_iterable_dataset(), name
         else:
             given = {"path": str(folder) if folder.exists() else called, "name": config}
             with contextlib.nullcontext() if folder.exists() else _asked_once(datasets):
@@ -174,7 +178,8 @@ def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
             got=f"{type(error).__name__}: {said}"[:300],
             expected="a dataset of the hub or of this disk, as hf:NAME, hf:NAME:CONFIG or hf:FOLDER",
         ) from None
-    return _split_of(loaded, wanted, name), f"{name} ({wanted})"
+    chosen = _split_of(loaded, wanted, name) if isinstance(loaded, dict) else _checked(loaded, said, name)
+    return chosen.to_iterable_dataset() if streaming and is_saved else chosen, f"{name} ({wanted})"
 
 
 def _parsed(name: str) -> tuple[str, str | None, str | None]:
@@ -215,9 +220,15 @@ def _hub_answers() -> bool:
     return True
 
 
+def _checked(loaded: Any, said: str | None, name: str) -> Any:
+    """A dataset that was saved without splits: a split is asked for only where the name says one."""
+    if said is not None and said != str(loaded.split):
+        got, there = repr(said), f"a dataset without splits, of {loaded.split or 'no'} split"
+        raise DataError("this dataset has no such split", where=name, got=got, expected=there, fix="leave @ out")
+    return loaded
+
+
 def _split_of(loaded: Any, wanted: str, name: str) -> Any:
-    if not isinstance(loaded, dict):
-        return loaded
     if wanted not in loaded:
         near = nearest(wanted, list(loaded))
         raise DataError(
@@ -256,7 +267,7 @@ class HubStream(Stream):
 
     def __init__(
         self,
-        name: str,
+        name: str | Path,
         split: str | None = None,
         *,
         length: int | None = None,
@@ -266,11 +277,11 @@ class HubStream(Stream):
         label: str | None = None,
         **options: Any,
     ):
-        source, self._name = _loaded(name, split or "train", streaming=True)
+        source, self._name = _loaded(str(name), split or "train", streaming=True)
         self._arrow = source.features.arrow_schema if source.features is not None else None
         first = list(islice(iter(_undecoded(source)), _AT_ONCE))
         if not first:
-            raise DataError("the stream is empty", where=name, got="0 samples")
+            raise DataError("the stream is empty", where=self._name, got="0 samples")
 
         def make(rows: list[dict[str, Any]], like: Any) -> KeyedDataset:
             given = options if like is None else {**options, "like": like}
@@ -279,7 +290,7 @@ class HubStream(Stream):
         self._make: Callable[[list[dict[str, Any]], Any], KeyedDataset] = make
         self.reader = make(first, options.get("like"))
         if options.get("like") is None:
-            _check_learns_nothing(self.reader, options.get("tokenizer"), name)
+            _check_learns_nothing(self.reader, options.get("tokenizer"), self._name)
         super().__init__(_undecoded(source), None, length, buffer)
         self.schema = self.reader.schema
 

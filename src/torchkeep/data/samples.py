@@ -39,7 +39,7 @@ def named_sample(sample: Any, names: Sequence[str] | None, where: str) -> Sample
 def stack(samples: list[Any]) -> Batch:
     """Samples as a batch: tensors and arrays are stacked, numbers become tensors, texts stay lists.
 
-    Python floats become float32. Raises:  DataError where keys or shapes differ, naming the key
+    Python floats become float32. Raises:  DataError where keys, kinds or shapes differ, naming the key
     """
     for sample in samples:
         if sample.keys() != samples[0].keys():
@@ -50,15 +50,27 @@ def stack(samples: list[Any]) -> Batch:
                 expected="the same keys in each sample",
                 fix="collate= takes a function that makes a batch of a list of samples",
             )
-    return {name: _stack_values(name, [sample[name] for sample in samples]) for name in samples[0]}
+    return {name: _stacked(name, [sample[name] for sample in samples]) for name in samples[0]}
+
+
+def _stacked(name: str, values: list[Any]) -> Any:
+    try:
+        return _stack_values(name, values)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # such as a number beside a None
+        raise DataError(
+            "these samples have values of different kinds and cannot be stacked",
+            where=f"key {name!r}",
+            got=f"{' and '.join(sorted({type(value).__name__ for value in values}))}; {error}",
+            expected="values of one kind in a batch",
+            fix="collate= takes a function that makes a batch of a list of samples",
+        ) from error
 
 
 def _stack_values(name: str, values: list[Any]) -> Any:
     first = values[0]
-    if isinstance(first, np.ndarray | np.generic) and first.dtype.kind in "biufc":
+    is_array = isinstance(first, np.ndarray | np.generic) and first.dtype.kind in "biufc"
+    if isinstance(first, Tensor) or is_array:
         values = [_as_tensor(value) for value in values]
-        first = values[0]
-    if isinstance(first, Tensor):
         shapes = {tuple(value.shape) for value in values}
         if len(shapes) > 1:
             raise DataError(

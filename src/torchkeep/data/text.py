@@ -17,7 +17,7 @@ from ..chance import ChanceKey
 from ..contracts import Batch, Field, Sample, Schema
 from ..errors import BadSampleError, DataError
 from .blobs import FrameRows, ListedFiles, SizedBlobs
-from .dataset import Indices, KeyedData, target_of, whole_of
+from .dataset import Indices, KeyedData, target_of, whole, whole_of
 from .frames import Form, Source, is_text, read_frame, require_column, where_of
 from .index import Layout, list_folder
 from .labels import Labels, labels_of_classes, labels_of_column
@@ -203,7 +203,7 @@ class Texts(KeyedData):
         base: Path | None = None,
         like: Any = None,
     ):
-        known = whole_of(like, Texts, "a dataset of texts", where)
+        known = _known_texts(like, where)
         self.source, self._labels, self.where = source, labels, where
         self.max_length = max_length or (known.max_length if known else MAX_LENGTH)
         if known is not None and tokenizer in (None, known.tokenizer.name):  # words of these texts would be other words
@@ -290,6 +290,15 @@ class Texts(KeyedData):
         return np.asarray(np.minimum(self.source.sizes_bytes, 8 * self.max_length))
 
 
+def _known_texts(like: Any, where: str) -> Texts | None:
+    """The texts of the training data, which may be cut into blocks.
+
+    Raises:  DataError where those are no texts
+    """
+    held = whole(like)
+    return whole_of(held.texts if isinstance(held, TextBlocks) else held, Texts, "a dataset of texts", where)
+
+
 def _some_texts(source: TextSource, indices: Indices) -> Iterator[str]:
     for start in range(0, len(indices), _LEARN_AT_ONCE):
         yield from source.texts(indices[start : start + _LEARN_AT_ONCE])
@@ -320,7 +329,7 @@ class TextTable(FrameRows, Texts):
         cells = TextCells(frame, text, where, identity)
         labels = None
         if target is not None:
-            field = target_of(whole_of(options.get("like"), Texts, "a dataset of texts", where))
+            field = target_of(_known_texts(options.get("like"), where))
             labels = labels_of_column(frame, target, where, field, separator)
         self.input_column = text
         self._keep(frame, [text], id, where)
@@ -346,7 +355,7 @@ class TextFolder(Texts):
         self.listing = listing
         labels, where = None, str(root)
         if has_classes:
-            field = target_of(whole_of(options.get("like"), Texts, "a dataset of texts", where))
+            field = target_of(_known_texts(options.get("like"), where))
             labels = labels_of_classes(listing.labels, listing.classes, field, where)
         super().__init__(TextFiles(ListedFiles(listing), where), labels, where, **options)
 

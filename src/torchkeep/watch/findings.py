@@ -106,7 +106,9 @@ def _copies(console: Console, found: Json) -> None:
         if groups:
             several = sum(group["is_conflict"] for group in groups)
             console.say("")
-            console.say(f"{kind} copies: {len(groups):,} group{'s' * (len(groups) > 1)}, {several:,} with several labels")
+            console.say(
+                f"{kind} copies: {len(groups):,} group{'s' * (len(groups) > 1)}, {several:,} with several labels"
+            )
         for group in groups[:_GROUPS]:
             members = [_member(member) for member in group["samples"]]
             console.say("  " + " = ".join(members[:_MEMBERS]) + " …" * (len(members) > _MEMBERS))

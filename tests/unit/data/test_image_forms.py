@@ -236,6 +236,8 @@ def test_idx_images_are_those_of_files_read_one_by_one(digits: Path, name: str, 
         assert torch.equal(batch[key_name], expected[key_name])
         for row, index in enumerate(indices.tolist()):
             assert torch.equal(torch.as_tensor(data.read(index, key)[key_name]), batch[key_name][row])
+    theirs, ours = next(iter(DataLoader(data, batch_size=9))), next(iter(Loader(data, 9, workers=0)))
+    assert all(torch.equal(theirs[key_name], ours[key_name]) for key_name in ("image", "label"))
 
 
 def test_what_is_done_to_an_idx_sample_changes_no_data(digits: Path) -> None:
@@ -319,6 +321,18 @@ def test_a_table_of_several_labels_an_image(tmp_path: Path) -> None:
     assert lists.schema == texts.schema
     valid = ImageTable(pa.table({"image": files[:1], "label": ["c"]}), separator="|", like=lists)
     assert valid[0]["label"].tolist() == [0, 0, 1]
+
+
+def test_ids_and_other_columns_of_a_table() -> None:
+    files = [encoded(Image.fromarray(image), "PNG") for image in DIGITS[:3]]
+    frame = pa.table({"image": files, "label": ["a", "b", "a"], "name": ["x", "y", "z"], "patient": [7, 8, 7]})
+    data = ImageTable(frame, id="name")
+    assert [data[index]["id"] for index in range(3)] == ["x", "y", "z"]
+    assert data.column("patient").tolist() == [7, 8, 7]
+    with pytest.raises(DataError, match="no column 'image'"):
+        data.column("image")
+    with pytest.raises(DataError, match="does not name one sample"):
+        ImageTable(frame, id="patient")
 
 
 def test_a_number_to_predict_learns_its_scale_from_training_alone() -> None:

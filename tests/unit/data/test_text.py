@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from torchkeep.chance import ChanceKey
+from torchkeep.data.arrays import Arrays
 from torchkeep.data.dataset import Part, whole
 from torchkeep.data.loader import Loader
 from torchkeep.data.splits import split
@@ -289,6 +290,19 @@ def test_blocks_resume_where_they_were() -> None:
         assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
 
 
+def test_blocks_of_validation_are_in_the_tokens_of_training() -> None:
+    train = TextBlocks(TextTable(table(["a b a b", "b c b"]), target=None), 2)
+    first, _ = split(train, 0.4, 0)
+    for like in (train, first):
+        tokenizer = whole(like).tokenizer
+        valid = TextBlocks(TextTable(table(["b z"]), target=None, like=like), 2)
+        assert valid.tokenizer is tokenizer
+        assert valid.schema == like.schema
+        assert valid.stream.tolist() == [*tokenizer.encode_batch(["b"])[0], 1, 1]
+    with pytest.raises(DataError, match="the training data are not"):
+        TextTable(table(["a"]), like=Arrays(input=np.zeros((2, 3))))
+
+
 def test_a_split_of_blocks_learns_no_word_of_validation() -> None:
     words = [f"w{i % 50}" for i in range(200)] + [f"rare{i // 2}" for i in range(100)]
     blocks = TextBlocks(TextTable(table([" ".join(words)]), target=None), 4)
@@ -305,3 +319,12 @@ def test_a_split_of_blocks_learns_no_word_of_validation() -> None:
     find = {word: number for number, word in enumerate(learned.tokenizer.words, 2)}
     assert learned.stream.tolist() == [*(find.get(word, 1) for word in words), 1]
     assert learned.fingerprint() != blocks.fingerprint()
+
+
+def test_the_mean_of_a_target_is_that_of_the_training_texts() -> None:
+    numbers = [float(number) for number in range(40)]
+    frame = pa.table({"text": ["a"] * 40, "label": numbers, "when": list(range(40))})
+    train, valid = split(TextTable(frame), 0.25, 0, "time:when")
+    assert train.schema["target"].mean == np.mean(numbers[:30])
+    assert train.schema["target"].std == pytest.approx(np.std(numbers[:30]))
+    assert valid.schema == train.schema

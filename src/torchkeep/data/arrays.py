@@ -99,7 +99,7 @@ def open_arrays(path: Path) -> Arrays:
     """
     try:
         if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as held:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
                 return Arrays(**{name: held[name] for name in held.files})
         beside = sorted(path.parent.glob("*.npy"))
         return Arrays(**{found.stem: np.load(found, mmap_mode="r", allow_pickle=False) for found in beside})

@@ -48,14 +48,15 @@ class ListedFiles:
         return len(self.listing)
 
     def read(self, index: int, where: str) -> bytes:
-        data = read_file(self.listing.path(index), where)
         listing = self.listing
-        if listing.saved_at is not None and len(data) != listing.sizes_bytes[index]:
+        data = b"" if listing.is_damaged else read_file(listing.path(index), where)
+        if listing.is_damaged or (listing.saved_at is not None and len(data) != listing.sizes_bytes[index]):
+            size = listing.sizes_bytes[index]
             raise BadSampleError(
-                "this file is another one than when its folder was listed",
+                "the saved listing of this folder is no longer true",
                 where=where,
-                got=f"{len(data):,} bytes",
-                expected=f"{listing.sizes_bytes[index]:,} bytes",
+                got="a damaged listing" if listing.is_damaged else f"a file of {len(data):,} bytes",
+                expected=f"{size:,} bytes, as when the folder was listed",
                 fix=f"remove the saved listing {listing.saved_at} and start a new run",
             )
         return data
@@ -126,7 +127,7 @@ class FrameRows:
     where: str
 
     def _keep(self, frame: Frame, used: Sequence[str], id: str | None, where: str) -> None:
-        self._frame = frame.drop_columns([name for name in used if name in frame.column_names])
+        self._frame = frame.drop_columns(list(dict.fromkeys(used)))
         if id is not None:
             self._ids = require_column(frame, id, where, "data.id")
             check_ids(self._ids, id, where)

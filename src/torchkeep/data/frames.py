@@ -31,6 +31,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", *PARQUET, *ARROW, *JSON_LINES)
 _BLOCK_BYTES = 1 << 25  # a row must fit into one block: cells of 100,000 characters do
 _SHARE_OF_NUMBERS = 0.9
 _MANY_WORDS = 50
+_RUN = 5  # so many numbers and then so many texts are a change of type, not a coincidence
 
 
 @dataclass(frozen=True)
@@ -238,8 +239,10 @@ def as_texts(column: Any) -> Any:
     """Categories and classes as texts, one array: 3 → "3", 3.0 → "3", True → "true"."""
     if pa.types.is_dictionary(column.type):
         column = pc.cast(column, column.type.value_type)
-    if pa.types.is_floating(column.type) and pc.all(pc.equal(column, pc.floor(column))).as_py():
-        column = pc.cast(column, pa.int64())
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+        if pc.all(pc.equal(column, pc.floor(column))).as_py():
+            column = pc.cast(column, pa.int64())
     texts = pc.cast(column, pa.string())
     return texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
 
@@ -282,17 +285,19 @@ def distinct(texts: Any) -> list[str]:
 
 
 def check_one_kind(column: Any, name: str, where: str) -> None:
-    """A column of texts that are numbers but for a few is a slip, not a category.
+    """A column of texts that are numbers but for a few, or up to some row, is a slip, not a category.
 
     Raises:  DataError naming the first cell that is no number
     """
-    if not is_text(column.type) or pc.count_distinct(column).as_py() <= _MANY_WORDS:
+    if not is_text(column.type):
         return
     is_numeric = pc.fill_null(pc.match_substring_regex(column, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"), True)
     others = len(column) - pc.sum(is_numeric).as_py()
-    if not 0 < others < (1 - _SHARE_OF_NUMBERS) * len(column):
-        return
     row = pc.index(is_numeric, False).as_py()
+    few = others < (1 - _SHARE_OF_NUMBERS) * len(column) and pc.count_distinct(column).as_py() > _MANY_WORDS
+    halfway = row >= _RUN and others >= _RUN and not pc.any(pc.and_(is_numeric[row:], pc.is_valid(column[row:]))).as_py()
+    if not others or not (few or halfway):
+        return
     raise DataError(
         "a column changes its type",
         where=f"{where}: column {name!r}, row {row} (counted from 0)",

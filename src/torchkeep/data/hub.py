@@ -105,7 +105,8 @@ def open_hub_frame(
     """
     found, name = _kind_of(held.frame, kind, column)
     if label is None:
-        label = next((known for known in _LABEL_COLUMNS if known in held.frame.column_names), "label")
+        without = None if found == "text" else "label"  # texts alone are what a language model learns from
+        label = next((known for known in _LABEL_COLUMNS if known in held.frame.column_names), without)
     try:
         made = _made(held, found, name, label, options)
     except DataError as error:
@@ -115,9 +116,9 @@ def open_hub_frame(
     return cast(KeyedDataset, made)
 
 
-def _made(held: HubFrame, kind: Kind, column: str, label: str, options: dict[str, Any]) -> Any:
+def _made(held: HubFrame, kind: Kind, column: str, label: str | None, options: dict[str, Any]) -> Any:
     if kind == "table":
-        return Table(held.frame, label, **options)
+        return Table(held.frame, label or "label", **options)
     if kind == "text":
         return TextTable(held.frame, text=column, target=label, identity=held.identity, **options)
     if kind == "image":

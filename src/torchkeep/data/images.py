@@ -332,6 +332,7 @@ class ImageTable(FrameRows, Images):
             options["masks"] = Cells(frame, mask, folder, where, "masks", identity)
         if label is not None and mask is None:
             labels = labels_of_column(frame, label, where, target_of(known), separator)
+        self.input_column = image
         self._keep(frame, [image, mask or image], id, where)
         super().__init__(blobs, labels, where, **options)
 

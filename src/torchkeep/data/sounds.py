@@ -27,7 +27,7 @@ _MASKED_FRAMES = 1 / 10
 
 
 def random_speed(wave: F32, rng: np.random.Generator) -> F32:
-    """Played up to 15 % slower or faster, higher or lower with it, by linear interpolation. Shapes: (C, T) → (C, T')."""
+    """Up to 15 % slower or faster, and so lower or higher, by linear interpolation. Shapes: (C, T) → (C, T')."""
     size = max(1, round(wave.shape[1] / rng.uniform(*_SPEED)))
     places = np.linspace(0, wave.shape[1] - 1, size)
     return np.stack([np.interp(places, np.arange(wave.shape[1]), row) for row in wave]).astype(np.float32)

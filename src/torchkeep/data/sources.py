@@ -230,7 +230,7 @@ def open_source(
     """
     role: SplitName = split_name or ("train" if train else "valid")
     if is_hub_name(source):
-        return _open_hub(settings, source, base, like, train, role)
+        return _open_hub(settings, source, base, like, role)
     if is_reference(source):
         return _open_code(source, base, load, role, like)
     path = base / Path(source).expanduser()
@@ -238,13 +238,14 @@ def open_source(
         raise _unknown_source(source, "a name with ':'")
     if not path.exists():
         raise _missing(path, source)
-    opened = _open_folder(settings, path, base, like, train) if path.is_dir() else None
+    opened = _open_folder(settings, path, base, like, role) if path.is_dir() else None
     return cast(KeyedDataset, opened or _open_file(settings, path, source, base, like, train))
 
 
-def _open_folder(settings: DataSettings, path: Path, base: Path, like: Any, train: bool) -> Any:
+def _open_folder(settings: DataSettings, path: Path, base: Path, like: Any, role: SplitName) -> Any:
+    train = role == "train"
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return _open_hub(settings, f"hf:{path}", base, like, train, "train" if train else "valid")
+        return _open_hub(settings, f"hf:{path}", base, like, role)
     kind = _kind_of_folder(settings, path, like)
     listed: dict[str, Any] = {
         "label_pattern": settings.label_pattern, "follow_links": settings.follow_links, "like": like,
@@ -334,8 +335,8 @@ def _has_bytes(path: Path, name: str, names: list[str]) -> bool:
     return bool(is_bytes or pa.types.is_struct(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _open_hub(settings: DataSettings, source: str, base: Path, like: Any, train: bool, role: SplitName) -> KeyedDataset:
-    name = source
+def _open_hub(settings: DataSettings, source: str, base: Path, like: Any, role: SplitName) -> KeyedDataset:
+    name, train = source, role == "train"
     folder = Path(source.removeprefix("hf:").partition("@")[0])
     if (base / folder).exists():  # names of folders are relative to the recipe, as all others
         name = f"hf:{base / folder}" + source.partition("@")[1] + source.partition("@")[2]
@@ -351,11 +352,13 @@ def _open_hub(settings: DataSettings, source: str, base: Path, like: Any, train:
     }  # fmt: skip
     if kind == "auto":
         kind = hub_kind(name, _HUB_SPLITS[role], settings.streaming)
-    options |= by_kind[kind]()
+    options |= by_kind[kind]() | ({} if kind == "table" else {"id": settings.id, "separator": settings.separator})
     said: dict[str, Any] = {"kind": kind, "column": column, "label": settings.predicted, **options}
     if settings.streaming:
         return cast(KeyedDataset, HubStream(name, _HUB_SPLITS[role], length=settings.length, **said))
-    return cast(KeyedDataset, HubDataset(name, _HUB_SPLITS[role], **said))
+    opened = HubDataset(name, _HUB_SPLITS[role], **said)
+    blocks = settings.block_size if kind == "text" else None
+    return cast(KeyedDataset, TextBlocks(whole(opened), blocks) if blocks else opened)
 
 
 def _open_code(source: str, base: Path, load: LoadFunction | None, split_name: SplitName, like: Any) -> KeyedDataset:

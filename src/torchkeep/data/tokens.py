@@ -170,7 +170,7 @@ class HubTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray[Any, Any]]:
         _check_length(max_length, self._num_special + 1)
         whole = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair is refused there
-        encoded = self._at(max_length).encode_batch(whole)
+        encoded = self._at(max_length).encode_batch_fast(whole)  # without offsets, which nobody asks for
         return [np.array(row.ids or [self._end_id()], np.int32) for row in encoded]
 
     def to_json(self) -> Json:

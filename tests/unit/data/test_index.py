@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from torchkeep.chance import ChanceKey
 from torchkeep.data import index
+from torchkeep.data.blobs import ListedFiles
 from torchkeep.data.images import ImageFolder
 from torchkeep.data.index import Layout, Listing, Names, list_folder
 from torchkeep.errors import BadSampleError, DataError
@@ -294,6 +295,23 @@ def test_a_damaged_listing_is_made_anew(root: Path, name: str, damage: str) -> N
     assert Listing.open(made.saved_at) is None
     assert list_folder(root, TEXTS).fingerprint() == made.fingerprint()
     assert is_opened(root)
+
+
+def test_a_large_listing_is_checked_while_the_work_begins(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list_folder(root, TEXTS)
+    assert made.saved_at is not None
+    monkeypatch.setattr(index, "_CHECKED_AT_ONCE", 0)
+    whole = Listing.open(made.saved_at)
+    assert whole is not None
+    assert whole.checked.wait(10)
+    assert ListedFiles(whole).read(0, "here") == ListedFiles(made).read(0, "here")
+    file = made.saved_at / "labels.bin"
+    file.write_bytes(DAMAGE["flipped"](file.read_bytes()))
+    opened = Listing.open(made.saved_at)
+    if opened is not None:  # the check had not ended yet
+        assert opened.checked.wait(10)
+        with pytest.raises(BadSampleError, match="no longer true"):
+            ListedFiles(opened).read(0, "here")
 
 
 @pytest.mark.parametrize("lost", ["a file", "all", "a file stands there"])

@@ -12,16 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 
 from ..chance import ChanceKey
-from ..contracts import Batch, Field, Sample, Schema
+from ..contracts import Batch, Field, Sample
 from ..errors import BadSampleError, DataError, SettingsError
-from .blobs import Blobs, Cells, FrameRows, ListedFiles, folder_of
-from .dataset import Indices, KeyedData, target_of, whole_of
+from .blobs import Blobs, Cells, FolderRows, FrameRows, ListedFiles, folder_of
+from .dataset import Indices, target_of, whole_of
 from .frames import Form, Source, read_frame, where_of
 from .index import Layout, list_folder
-from .labels import Labels, labels_of_classes, labels_of_column
+from .labels import LabelledData, Labels, labels_of_classes, labels_of_column
 from .mel import POWER_FLOOR, log_mel, num_frames
 from .samples import padded
 from .sounds import Augmentation, SoundAugmentations
@@ -42,7 +41,7 @@ _ENDLESS_BYTES = 0x7FFFF000  # what programs write that could not know the lengt
 _OGG_END = 4  # the flag of a stream's last page
 
 
-class Clips(KeyedData):
+class Clips(LabelledData):
     """What the sources of recordings share. ``blobs`` are the encoded recordings.
 
     Options: ``sample_rate`` in Hz (that of the first recording where nothing is said; others are resampled);
@@ -74,7 +73,8 @@ class Clips(KeyedData):
         like: Any = None,
     ):
         known = whole_of(like, Clips, "a dataset of recordings", where)
-        self.blobs, self._labels, self.where = blobs, labels, where
+        self.blobs = self._held = blobs
+        self._labels, self.where = labels, where
         self.channels: Channels = channels or (known.channels if known else 1)
         self.features: Features = features or (known.features if known else "log_mel")
         self.num_mels = num_mels or (known.num_mels if known else 64)
@@ -95,25 +95,13 @@ class Clips(KeyedData):
                 expected=f"{_LEAST_RATE:,} Hz or more",
                 fix='features = "waveform" takes any rate',
             )
-        self.schema = self._schema()
+        self.schema = self._schema_of({"audio": Field("audio", self._shape())})
 
-    def _schema(self) -> Schema:
+    def _shape(self) -> tuple[int | None, ...]:
         size = round(self.seconds * self.sample_rate) if self.seconds else None
         if self.features == "log_mel":
-            shape: tuple[int | None, ...] = (self.num_mels, num_frames(size, self.sample_rate) if size else None)
-        else:
-            shape = (2, size) if self.channels == 2 else (size,)
-        fields = {"audio": Field("audio", shape)}
-        if self._labels is not None:
-            fields[self._labels.key] = self._labels.field
-        return Schema({**fields, "id": Field("object")})
-
-    def __len__(self) -> int:
-        return len(self.blobs)
-
-    def _where(self, index: int, key: ChanceKey | None = None) -> str:
-        epoch = f", epoch {key.epoch + 1}" if key is not None else ""
-        return f"{self.where}: {self.id_of(index)} (sample {index}{epoch})"
+            return (self.num_mels, num_frames(size, self.sample_rate) if size else None)
+        return (2, size) if self.channels == 2 else (size,)
 
     def read(self, index: int, key: ChanceKey) -> Sample:
         """One sample: {"audio": float32, "label": …, "id": str}.
@@ -121,10 +109,7 @@ class Clips(KeyedData):
         Raises:  BadSampleError where the recording cannot be decoded, is empty, or has other channels than stated
         """
         audio = self._audio([self.wave(index, key)], np.array([index]), key)[0]
-        sample: Sample = {"audio": torch.from_numpy(audio)}
-        if self._labels is not None:
-            sample[self._labels.key] = self._labels.of(index)
-        sample["id"] = self.id_of(index)
+        sample = {"audio": torch.from_numpy(audio), **self._label_of(index), "id": self.id_of(index)}
         return self.augmentations.apply_callables(sample, key, index)
 
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
@@ -132,7 +117,7 @@ class Clips(KeyedData):
         if self.augmentations.has_callable:
             return None
         batch = self._padded(self._audio([self.wave(index, key) for index in indices.tolist()], indices, key))
-        return batch if self._labels is None else batch | {self._labels.key: self._labels.batch(indices)}
+        return batch | self._labels_of(indices)
 
     def collate(self, samples: list[Sample]) -> Batch:
         """A batch of samples, padded to the longest."""
@@ -206,28 +191,9 @@ class Clips(KeyedData):
         plain.threads = True
         return plain
 
-    def learned_from(self, indices: Indices) -> Clips:
-        """The same recordings; the mean and deviation of a target of numbers are those of these samples alone."""
-        made = copy.copy(self)
-        made._labels = self._labels.learned_from(indices) if self._labels is not None else None
-        made.schema = made._schema()
-        return made
-
-    def id_of(self, index: int) -> str:
-        return self.blobs.id_of(index)
-
     def fingerprint(self) -> str:
         """xxh3 of the recordings' names, sizes or bytes, of what is made of them, and of the labels."""
-        made = (self.sample_rate, self.channels, self.seconds, self.features, self.num_mels)
-        digest = xxhash.xxh3_128(repr(made).encode())
-        self.blobs.absorb(digest)
-        if self._labels is not None:
-            self._labels.absorb(digest)
-        return str(digest.hexdigest())
-
-    @property
-    def labels(self) -> Indices | None:
-        return self._labels.classes if self._labels is not None else None
+        return self._digest(repr((self.sample_rate, self.channels, self.seconds, self.features, self.num_mels)))
 
     @property
     def lengths(self) -> np.ndarray[Any, Any] | None:
@@ -235,7 +201,7 @@ class Clips(KeyedData):
         return None if self.seconds else getattr(self.blobs, "sizes_bytes", None)
 
 
-class AudioFolder(Clips):
+class AudioFolder(FolderRows, Clips):
     """``root/CLASS/any/where/name.wav``, also .flac and .ogg: the classes are the folders, in sorted order.
 
     With ``label_pattern``, a regular expression, the class is its group "label" in each name. Further options are
@@ -252,10 +218,6 @@ class AudioFolder(Clips):
         labels = labels_of_classes(listing.labels, listing.classes, field, where)
         self.listing = listing
         super().__init__(ListedFiles(listing), labels, where, **options)
-
-    def column(self, name: str) -> np.ndarray[Any, Any]:
-        """What a group of ``label_pattern`` finds in each name, (N,) texts."""
-        return self.listing.column(name)
 
 
 class AudioTable(FrameRows, Clips):
@@ -281,16 +243,8 @@ class AudioTable(FrameRows, Clips):
     ):
         where, folder = where_of(source), folder_of(source, root)
         frame = read_frame(source, form or Form())
-        labels = None
-        if label is not None:
-            labels = labels_of_column(
-                frame,
-                label,
-                where,
-                target_of(whole_of(options.get("like"), Clips, "a dataset of recordings", where)),
-                separator,
-            )
-        self.input_column = audio
+        field = target_of(whole_of(options.get("like"), Clips, "a dataset of recordings", where))
+        labels = labels_of_column(frame, label, where, field, separator) if label is not None else None
         self._keep(frame, [audio], id, where)
         super().__init__(Cells(frame, audio, folder, where, "recordings", identity), labels, where, **options)
 

@@ -122,11 +122,13 @@ class Cells:
 class FrameRows:
     """For datasets made of a table: ids from a column of it, and the columns that are neither input nor target."""
 
+    input_column: str  # where a model's input stands in tables such as this one
     _frame: Frame
     _ids: Any = None
     where: str
 
     def _keep(self, frame: Frame, used: Sequence[str], id: str | None, where: str) -> None:
+        self.input_column = used[0]
         self._frame = frame.drop_columns(list(dict.fromkeys(used)))
         if id is not None:
             self._ids = require_column(frame, id, where, "data.id")
@@ -139,6 +141,16 @@ class FrameRows:
     def column(self, name: str) -> np.ndarray[Any, Any]:
         """The values of any other column, (N,)."""
         return np.asarray(require_column(self._frame, name, self.where, "data.split_by").to_numpy())
+
+
+class FolderRows:
+    """For datasets made of a folder: what splits by group go by."""
+
+    listing: Listing
+
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """What a group of ``label_pattern`` finds in each name, (N,) texts."""
+        return self.listing.column(name)
 
 
 def folder_of(source: Source, root: str | Path | None) -> Path:

@@ -115,6 +115,11 @@ class Part(Dataset[Any]):
         make = getattr(self.dataset, "collate", stack)
         return dict(make(samples))
 
+    def learned_from(self, indices: Indices) -> Part:
+        """The same samples, with what is learned from data learned from these alone."""
+        learn = getattr(self.dataset, "learned_from", None)
+        return self if learn is None else Part(learn(self.indices[indices]), self.indices)
+
     def id_of(self, index: int) -> str:
         name = getattr(self.dataset, "id_of", str)
         return str(name(int(self.indices[index])))

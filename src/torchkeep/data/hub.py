@@ -7,8 +7,6 @@ one after another; such a stream cannot promise what an order by number can.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from ..chance import ChanceKey, keyed_seed
 from ..contracts import KeyedDataset, Sample
 from ..errors import DataError, nearest
 from .audio import AudioTable
-from .dataset import Indices, Part
+from .dataset import Part
 from .frames import Frame, is_text, where_of
 from .images import ImageTable
 from .streams import Stream
@@ -75,13 +73,6 @@ class HubDataset(Part):
         held = open_hub(str(name), split or "train")
         opened = open_hub_frame(held, kind, column, label, **options)
         super().__init__(opened, np.arange(len(opened)))
-
-    def learned_from(self, indices: Indices) -> HubDataset:
-        """The same samples, with what is learned from data learned from these alone."""
-        made = copy.copy(self)
-        made.dataset = cast(Any, self.dataset).learned_from(self.indices[indices])
-        made.schema = made.dataset.schema
-        return made
 
 
 def open_hub(name: str, split: str) -> HubFrame:
@@ -169,8 +160,7 @@ def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
             loaded = datasets.load_from_disk(str(folder))
         else:
             given = {"path": str(folder) if folder.exists() else called, "name": config}
-            with contextlib.nullcontext() if folder.exists() else _asked_once(datasets):
-                loaded = datasets.load_dataset(**given, split=None, streaming=streaming)
+            loaded = datasets.load_dataset(**given, split=None, streaming=streaming)
     except Exception as error:
         said = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
@@ -196,29 +186,6 @@ def _parsed(name: str) -> tuple[str, str | None, str | None]:
             "this is no name of a dataset", where=name, got=repr(plain), expected="hf:NAME, hf:NAME:CONFIG@SPLIT"
         )
     return found["name"], found["config"], found["split"]
-
-
-@contextlib.contextmanager
-def _asked_once(datasets: Any) -> Iterator[None]:
-    """Where the hub does not answer, only the cache is looked at: the library itself would ask again for 23 s."""
-    if _hub_answers():
-        yield
-        return
-    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _hub_answers() -> bool:
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # of several libraries for HTTP, or HF_HUB_OFFLINE; any answer is one, also a refusal
-        return False
-    return True
 
 
 def _checked(loaded: Any, said: str | None, name: str) -> Any:

@@ -12,14 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
 from ..errors import BadSampleError, DataError
 from .augment import Augmentation, Augmentations, check_augmentations
-from .blobs import Blobs, Cells, FrameRows, ListedFiles, folder_of, read_file
-from .dataset import Indices, KeyedData, target_of, whole_of
+from .blobs import Blobs, Cells, FolderRows, FrameRows, ListedFiles, folder_of, read_file
+from .dataset import Indices, target_of, whole_of
 from .decode import (
     IGNORED_PIXEL,
     Pixels,
@@ -30,7 +29,7 @@ from .decode import (
 )
 from .frames import Form, Source, read_frame, where_of
 from .index import Layout, Listing, bytes_of_array, list_folder
-from .labels import Labels, labels_of_classes, labels_of_column
+from .labels import LabelledData, Labels, labels_of_classes, labels_of_column
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IGNORED_CLASS = -100  # torch's own label for "no target here"
@@ -40,7 +39,7 @@ _BYTES_IDX = 0x08
 _MOST_DEFLATED = 1032  # deflate makes nothing smaller than by this: what says more is damaged, or a bomb
 
 
-class Images(KeyedData):
+class Images(LabelledData):
     """What the sources of images share. ``blobs`` are the encoded images, ``masks`` those of segmentation.
 
     Options that all of them take: ``image_size``, the side of the square images (without it all must have one size);
@@ -69,7 +68,8 @@ class Images(KeyedData):
         mask_classes: Sequence[str] = (),
     ):
         known = whole_of(like, Images, "a dataset of images", where)
-        self.blobs, self._labels, self.where, self._masks = blobs, labels, where, masks
+        self.blobs = self._held = blobs
+        self._labels, self.where, self._masks = labels, where, masks
         self.augmentations = Augmentations(check_augmentations(augment))
         # a callable of the user's may hold the GIL, or may not bear several threads
         self.threads = not self.augmentations.has_callable
@@ -100,8 +100,6 @@ class Images(KeyedData):
 
     def _schema_with(self, preprocess: Preprocess, mask_classes: tuple[str, ...]) -> Schema:
         fields = {"image": Field("image", (preprocess.channels, *self.size))}
-        if self._labels is not None:
-            fields[self._labels.key] = self._labels.field
         if self._masks is not None:
             if not mask_classes:
                 raise DataError(
@@ -111,19 +109,16 @@ class Images(KeyedData):
                     fix='mask_classes = ["background", "thing"]',
                 )
             fields["mask"] = Field("mask", self.size, mask_classes, is_target=True)
-        return Schema({**fields, "id": Field("object")}, preprocess)
-
-    def __len__(self) -> int:
-        return len(self.blobs)
+        return self._schema_of(fields, preprocess)
 
     def read(self, index: int, key: ChanceKey) -> Sample:
         """One sample: {"image": uint8 or uint16 (C, H, W), "label": …, "mask": int64 (H, W), "id": str}.
 
         Raises:  BadSampleError where the image cannot be decoded, or is of another size and ``image_size`` is not set
         """
-        rest = {} if self._labels is None else {self._labels.key: self._labels.of(index)}
         pictures = self._pictures(index, key)
-        sample = self.augmentations.apply_all(rest | {"id": self.id_of(index)}, pictures, key, index, self.size)
+        rest = self._label_of(index) | {"id": self.id_of(index)}
+        sample = self.augmentations.apply_all(rest, pictures, key, index, self.size)
         for name in pictures:
             self._check_augmented(name, sample[name].shape[1:], index)
         if "mask" in pictures:
@@ -148,9 +143,7 @@ class Images(KeyedData):
             if masks is not None:
                 moved = self.augmentations.apply_named(pictures["mask"], draws, row, self.size, is_mask=True)
                 masks[row] = self._classes_of(moved[..., 0], index)
-        batch: Batch = {"image": torch.from_numpy(images).permute(0, 3, 1, 2)}
-        if self._labels is not None:
-            batch[self._labels.key] = self._labels.batch(indices)
+        batch: Batch = {"image": torch.from_numpy(images).permute(0, 3, 1, 2), **self._labels_of(indices)}
         return batch if masks is None else batch | {"mask": torch.from_numpy(masks)}
 
     def decoded(self, index: int, where: str = "") -> Pixels:
@@ -160,10 +153,6 @@ class Images(KeyedData):
         """
         where = where or self._where(index)
         return decode_image(self.blobs.read(index, where), where, self.channels, self.bits)
-
-    def _where(self, index: int, key: ChanceKey | None = None) -> str:
-        epoch = f", epoch {key.epoch + 1}" if key is not None else ""
-        return f"{self.where}: {self.id_of(index)} (sample {index}{epoch})"
 
     def _pictures(self, index: int, key: ChanceKey) -> dict[str, Pixels]:
         """The image, and its mask where there is one, at their size but for what augmentation sets."""
@@ -236,34 +225,12 @@ class Images(KeyedData):
         plain.threads = True
         return plain
 
-    def learned_from(self, indices: Indices) -> Images:
-        """The same images; the mean and deviation of a target of numbers are those of these samples alone."""
-        if self._labels is None:
-            return self
-        made = copy.copy(self)
-        made._labels = self._labels.learned_from(indices)
-        fields = {**self.schema.fields, made._labels.key: made._labels.field}
-        made.schema = Schema(fields, self.schema.preprocess)
-        return made
-
-    def id_of(self, index: int) -> str:
-        return self.blobs.id_of(index)
-
     def fingerprint(self) -> str:
         """xxh3 of the images' names, sizes or bytes, of the masks', and of the labels."""
-        digest = xxhash.xxh3_128()
-        for part in (self.blobs, self._masks, self._labels):
-            if part is not None:
-                part.absorb(digest)
-        return str(digest.hexdigest())
-
-    @property
-    def labels(self) -> Indices | None:
-        """Class of each sample, (N,) int64; None where there is not one for each."""
-        return self._labels.classes if self._labels is not None else None
+        return self._digest("", self._masks)
 
 
-class ImageFolder(Images):
+class ImageFolder(FolderRows, Images):
     """``root/CLASS/any/where/name.jpg``: the classes are the folders that hold images, in sorted order.
 
     Hidden files and files of other kinds are passed over; a link that leads out of ``root`` is an error unless
@@ -293,10 +260,6 @@ class ImageFolder(Images):
         else:
             options["masks"] = _MasksOf(self.listing, Path(masks))
         super().__init__(ListedFiles(self.listing), labels, str(root), **options)
-
-    def column(self, name: str) -> np.ndarray[Any, Any]:
-        """What a group of ``label_pattern`` finds in each name, (N,) texts."""
-        return self.listing.column(name)
 
 
 class ImageTable(FrameRows, Images):
@@ -332,7 +295,6 @@ class ImageTable(FrameRows, Images):
             options["masks"] = Cells(frame, mask, folder, where, "masks", identity)
         if label is not None and mask is None:
             labels = labels_of_column(frame, label, where, target_of(known), separator)
-        self.input_column = image
         self._keep(frame, [image, mask or image], id, where)
         super().__init__(blobs, labels, where, **options)
 
@@ -378,8 +340,7 @@ class IdxImages(Images):
         """One gather where nothing is changed on the way."""
         if self.augmentations.entries or self.image_size is not None or self.channels > 1 or self.bits > 8:
             return super().read_batch(indices, key)
-        batch: Batch = {"image": torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2)}
-        return batch if self._labels is None else batch | {self._labels.key: self._labels.batch(indices)}
+        return {"image": torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2), **self._labels_of(indices)}
 
     def without_augmentation(self) -> Images:
         plain = super().without_augmentation()

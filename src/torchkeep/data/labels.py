@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +12,14 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import xxhash
 from torch import Tensor
 
-from ..contracts import Field
+from ..chance import ChanceKey
+from ..contracts import Batch, Field, Preprocess, Sample, Schema
 from ..errors import DataError, nearest
-from .dataset import Indices
-from .frames import Frame, as_floats, as_texts, is_category, number_words, require_column
+from .dataset import Indices, KeyedData
+from .frames import Frame, as_floats, as_texts, is_category, is_text, number_words, require_column
 from .index import bytes_of_array
 
 
@@ -71,6 +74,56 @@ class Labels:
                 digest.update(bytes_of_array(numbers))
 
 
+class LabelledData(KeyedData):
+    """The base of images, recordings and texts: encoded samples, of which each may have a label."""
+
+    _held: Any  # says how many there are, what each is called, and what all of them are
+    _labels: Labels | None
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def id_of(self, index: int) -> str:
+        return str(self._held.id_of(index))
+
+    def _where(self, index: int, key: ChanceKey | None = None) -> str:
+        epoch = f", epoch {key.epoch + 1}" if key is not None else ""
+        return f"{self.where}: {self.id_of(index)} (sample {index}{epoch})"
+
+    def _schema_of(self, fields: dict[str, Field], preprocess: Preprocess | None = None) -> Schema:
+        label = {} if self._labels is None else {self._labels.key: self._labels.field}
+        return Schema({**fields, **label, "id": Field("object")}, preprocess)
+
+    def _label_of(self, index: int) -> Sample:
+        return {} if self._labels is None else {self._labels.key: self._labels.of(index)}
+
+    def _labels_of(self, indices: Indices) -> Batch:
+        return {} if self._labels is None else {self._labels.key: self._labels.batch(indices)}
+
+    def learned_from(self, indices: Indices) -> Any:
+        """The same samples; the mean and deviation of a target of numbers are those of these samples alone."""
+        if self._labels is None:
+            return self
+        made = copy.copy(self)
+        made._labels = self._labels.learned_from(indices)
+        fields = {**self.schema.fields, made._labels.key: made._labels.field}
+        made.schema = Schema(fields, self.schema.preprocess)
+        return made
+
+    def _digest(self, said: str, *more: Any) -> str:
+        """xxh3 of the samples' names, sizes or bytes, of the labels, and of what is made of them."""
+        digest = xxhash.xxh3_128(said.encode())
+        for part in (self._held, *more, self._labels):
+            if part is not None:
+                part.absorb(digest)
+        return str(digest.hexdigest())
+
+    @property
+    def labels(self) -> Indices | None:
+        """Class of each sample, (N,) int64; None where there is not one for each."""
+        return self._labels.classes if self._labels is not None else None
+
+
 def labels_of_classes(values: np.ndarray[Any, Any], found: Sequence[str], like: Field | None, where: str) -> Labels:
     """Labels of class numbers, counted in ``found``; brought to the classes of ``like`` where it is given.
 
@@ -95,6 +148,8 @@ def labels_of_column(
     Raises:  DataError for a missing column, an empty cell, a type that holds no labels, a class that ``like`` lacks
     """
     column, place = require_column(frame, name, where, "data.label"), f"{where}: column {name!r}"
+    if separator is not None and is_text(column.type):
+        column = pc.fill_null(column, "")  # an empty cell: none of the classes
     _check_filled(column, place)
     names = hub_names(frame, name)
     kind = like.kind if like is not None else _kind_of(column.type, separator)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import GeneratorType
@@ -218,13 +219,20 @@ class Loader:
             held = list(itertools.islice(samples, size))
             if number < start:
                 continue
-            first = number * size + self.rank * self.batch_size
-            mine = held[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-            indices = np.arange(first, first + len(mine))
-            if self.collate is not None:
-                yield {**_collated(stream, mine, indices, key, self.collate), INDEX: torch.from_numpy(indices)}
-            else:
-                yield {**getattr(stream, "collate", stack)(mine), INDEX: torch.from_numpy(indices)}
+            share = np.array_split(np.arange(len(held)), self.world_size)[self.rank]
+            mine = [held[place] for place in share.tolist()]
+            read = partial(self._collated_stream, stream, key)
+            if mine:
+                yield read(mine, number * size + share)
+            else:  # fewer samples than ranks: the same keys, no rows
+                yield {name: value[:0] for name, value in read(held[:1], np.zeros(1, dtype=np.int64)).items()}
+
+    def _collated_stream(self, stream: Stream, key: ChanceKey, samples: list[Any], indices: Indices) -> Batch:
+        if self.collate is not None:
+            made = _collated(stream, samples, indices, key, self.collate)
+        else:
+            made = getattr(stream, "collate", stack)(samples)
+        return {**made, INDEX: torch.from_numpy(indices)}
 
     def _submit(self, executor: Executor, indices: Indices, key: ChanceKey) -> Future[Any]:
         if self.plan.backend == "processes":

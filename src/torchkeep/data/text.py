@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +15,11 @@ import xxhash
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Sample, Schema
 from ..errors import BadSampleError, DataError
-from .blobs import FrameRows, ListedFiles, SizedBlobs
+from .blobs import FolderRows, FrameRows, ListedFiles, SizedBlobs
 from .dataset import Indices, KeyedData, target_of, whole, whole_of
 from .frames import Form, Source, is_text, read_frame, require_column, where_of
 from .index import Layout, list_folder
-from .labels import Labels, labels_of_classes, labels_of_column
+from .labels import LabelledData, Labels, labels_of_classes, labels_of_column
 from .samples import padded
 from .tokens import HubTokenizer, Tokenizer, WordTokenizer, make_tokenizer
 
@@ -30,6 +29,7 @@ MAX_LENGTH = 512
 _LEARN_AT_ONCE = 4096
 _LEAST_COUNT = 2  # of a word in the blocks that it is learned from, as in WordTokenizer.learn
 _KEPT_BYTES = 1 << 26  # of texts whose tokens are kept: usually as many bytes of tokens, at most four times as many
+_MORE_TOKENS = 8  # than bytes: what a tokenizer puts around a text
 
 
 class TextSource(Protocol):
@@ -128,56 +128,41 @@ class TextFiles:
 
 
 class _KeptTokens:
-    """Tokens as they were made, one text's after another's, so that a second epoch does not make them again.
+    """Tokens as they were made, so that a second epoch does not make them again. Each text has a place of its own, so
+    threads that make the same tokens write the same numbers.
 
-    Shapes:  stream (n,) int32; starts (N,) int64; counts (N,) int32, 0 where a text's tokens are not made yet
+    Shapes:  places (N + 1,) int64 in ``stream``; counts (N,) int32, 0 where a text's tokens are not made yet
     """
 
-    def __init__(self, size: int):
-        self._stream = np.empty(0, np.int32)
-        self._starts, self._counts = np.zeros(size, np.int64), np.zeros(size, np.int32)
-        self._end = 0
-        self._lock = threading.Lock()
+    def __init__(self, most: Indices):
+        self._places = np.concatenate([np.zeros(1, np.int64), np.cumsum(most)])
+        self._stream = np.empty(int(self._places[-1]), np.int32)  # memory comes with the first write
+        self._counts = np.zeros(len(most), np.int32)
 
     def __reduce__(self) -> Any:
-        return _KeptTokens, (len(self._counts),)  # another process keeps its own
+        return _KeptTokens, (np.diff(self._places),)  # another process keeps its own
 
     def rows(self, indices: Indices, make: Callable[[Indices], list[np.ndarray[Any, Any]]]) -> list[Any]:
         """The tokens of some texts, (T,) each, made where they are not here yet."""
         missing = indices[self._counts[indices] == 0]
-        if len(missing) and not self._add(missing, make(missing)):
-            return make(indices)
-        places = zip(self._starts[indices].tolist(), self._counts[indices].tolist(), strict=True)
-        stream = self._stream  # after the places: it holds at least what they name
-        return [stream[start : start + count] for start, count in places]
-
-    def _add(self, indices: Indices, rows: list[np.ndarray[Any, Any]]) -> bool:
-        if not self._lock.acquire(timeout=0.01):  # a fork may have left it locked for ever
-            return False
-        try:
-            counts = np.array([len(row) for row in rows])
-            end = self._end + int(counts.sum())
-            if end > len(self._stream):
-                grown = np.empty(2 * end, np.int32)
-                grown[: self._end] = self._stream[: self._end]
-                self._stream = grown
-            self._stream[self._end : end] = np.concatenate(rows)
-            self._starts[indices] = self._end + np.cumsum(counts) - counts
-            self._counts[indices] = counts  # last: who sees a count finds the tokens
-            self._end = end
-        finally:
-            self._lock.release()
-        return True
+        for index, row in zip(missing.tolist(), make(missing) if len(missing) else [], strict=True):
+            start, end = self._places[index], self._places[index] + len(row)
+            if end > self._places[index + 1]:  # more tokens than bytes: no place was kept for that
+                return make(indices)
+            self._stream[start:end] = row
+            self._counts[index] = len(row)  # last: who sees a count finds the tokens
+        places = zip(self._places[indices].tolist(), self._counts[indices].tolist(), strict=True)
+        return [self._stream[start : start + count] for start, count in places]
 
 
-def _kept_tokens(source: TextSource) -> _KeptTokens | None:
+def _kept_tokens(source: TextSource, max_length: int) -> _KeptTokens | None:
     sizes_bytes = source.sizes_bytes
-    if sizes_bytes is None or int(np.sum(sizes_bytes)) + 16 * len(source) > _KEPT_BYTES:
+    if sizes_bytes is None or int(np.sum(sizes_bytes)) > _KEPT_BYTES:
         return None
-    return _KeptTokens(len(source))
+    return _KeptTokens(np.minimum(sizes_bytes + _MORE_TOKENS, max_length))
 
 
-class Texts(KeyedData):
+class Texts(LabelledData):
     """What the sources of texts share.
 
     ``tokenizer`` is "bytes", "words" (learned from these texts), a tokenizer.json, a folder or "hf:NAME" of a Hugging
@@ -204,7 +189,8 @@ class Texts(KeyedData):
         like: Any = None,
     ):
         known = _known_texts(like, where)
-        self.source, self._labels, self.where = source, labels, where
+        self.source = self._held = source
+        self._labels, self.where = labels, where
         self.max_length = max_length or (known.max_length if known else MAX_LENGTH)
         if known is not None and tokenizer in (None, known.tokenizer.name):  # words of these texts would be other words
             tokenizer = known.tokenizer
@@ -212,33 +198,25 @@ class Texts(KeyedData):
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = make_tokenizer(tokenizer or "words", base, _some_texts(source, np.arange(len(source))))
         self.tokenizer = tokenizer
-        self._kept = _kept_tokens(source)
+        self._kept = _kept_tokens(source, self.max_length)
         self.schema = self._schema()
 
     def _schema(self) -> Schema:
-        fields = {"input_ids": Field("tokens", (None,), num_tokens=self.tokenizer.num_tokens)}
-        if self._labels is not None:
-            fields[self._labels.key] = self._labels.field
-        return Schema({**fields, "id": Field("object")})
+        return self._schema_of({"input_ids": Field("tokens", (None,), num_tokens=self.tokenizer.num_tokens)})
 
     def learned_from(self, indices: Indices) -> Texts:
         """The same texts; a learned vocabulary, and the mean of a target of numbers, are those of these alone."""
         learned = WordTokenizer.learn(_some_texts(self.source, indices)) if self.learns else self.tokenizer
-        made = self.with_tokenizer(learned)
-        made._labels = self._labels.learned_from(indices) if self._labels is not None else None
-        made.schema = made._schema()
-        return made
+        made: Texts = super().learned_from(indices)
+        return made.with_tokenizer(learned)
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> Texts:
         """The same texts in other tokens."""
         made = copy.copy(self)
         made.tokenizer = tokenizer
-        made._kept = _kept_tokens(self.source)
+        made._kept = _kept_tokens(self.source, self.max_length)
         made.schema = made._schema()
         return made
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def tokens(self, indices: Indices) -> list[np.ndarray[Any, Any]]:
         """The tokens of some texts, each (T,) int32; made once where the texts are few enough to keep them."""
@@ -249,15 +227,12 @@ class Texts(KeyedData):
 
     def read(self, index: int, key: ChanceKey) -> Sample:
         """One sample: {"input_ids": int64 (T,), "label": …, "id": str}."""
-        sample: Sample = {"input_ids": torch.from_numpy(self.tokens(np.array([index]))[0].astype(np.int64))}
-        if self._labels is not None:
-            sample[self._labels.key] = self._labels.of(index)
-        return sample | {"id": self.id_of(index)}
+        tokens = torch.from_numpy(self.tokens(np.array([index]))[0].astype(np.int64))
+        return {"input_ids": tokens, **self._label_of(index), "id": self.id_of(index)}
 
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch:
         """Shapes:  indices (B,) → "input_ids" and "attention_mask" int64 (B, T), "label" (B,)"""
-        batch = self._padded(self.tokens(indices))
-        return batch if self._labels is None else batch | {self._labels.key: self._labels.batch(indices)}
+        return self._padded(self.tokens(indices)) | self._labels_of(indices)
 
     def collate(self, samples: list[Sample]) -> Batch:
         """A batch of samples, padded to the longest."""
@@ -269,20 +244,9 @@ class Texts(KeyedData):
         lengths = torch.tensor([len(row) for row in tokens])
         return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
-    def id_of(self, index: int) -> str:
-        return self.source.id_of(index)
-
     def fingerprint(self) -> str:
         """xxh3 of the texts, the tokenizer, the longest length and the labels."""
-        digest = xxhash.xxh3_128(f"{self.tokenizer.fingerprint()}|{self.max_length}".encode())
-        self.source.absorb(digest)
-        if self._labels is not None:
-            self._labels.absorb(digest)
-        return str(digest.hexdigest())
-
-    @property
-    def labels(self) -> Indices | None:
-        return self._labels.classes if self._labels is not None else None
+        return self._digest(f"{self.tokenizer.fingerprint()}|{self.max_length}")
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
@@ -331,12 +295,11 @@ class TextTable(FrameRows, Texts):
         if target is not None:
             field = target_of(_known_texts(options.get("like"), where))
             labels = labels_of_column(frame, target, where, field, separator)
-        self.input_column = text
         self._keep(frame, [text], id, where)
         super().__init__(cells, labels, where, **options)
 
 
-class TextFolder(Texts):
+class TextFolder(FolderRows, Texts):
     """``root/CLASS/any/where/name.txt``: one text a file, the classes are the folders. Options as for ``Texts``.
 
     Raises:  DataError for a missing or empty root, no class folders, a class that ``like`` does not know
@@ -358,10 +321,6 @@ class TextFolder(Texts):
             field = target_of(_known_texts(options.get("like"), where))
             labels = labels_of_classes(listing.labels, listing.classes, field, where)
         super().__init__(TextFiles(ListedFiles(listing), where), labels, where, **options)
-
-    def column(self, name: str) -> np.ndarray[Any, Any]:
-        """What a group of ``label_pattern`` finds in each name, (N,) texts."""
-        return self.listing.column(name)
 
 
 class TextBlocks(KeyedData):

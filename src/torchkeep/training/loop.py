@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -140,37 +140,37 @@ class Signals:
             signal.signal(number, before)
 
 
+class Parts(Protocol):
+    """What ``prepare`` has made for a training."""
+
+    settings: RunSettings
+    clock: Clock
+    stepper: Stepper
+    evaluation: Evaluation
+    loader: Loader
+    valid: Loader | None
+    total_steps: int
+    steps_per_epoch: int
+    log_every: int
+    best_metric: str | None
+    stopper: EarlyStopping | None
+    average: Average | None
+    train_metrics: list[Metric | Adapted]
+    objects: dict[str, Any]
+
+
 class Training:
     """One run under way. Its state is all that decides its further course."""
 
     def __init__(
-        self,
-        settings: RunSettings,
-        clock: Clock,
-        stepper: Stepper,
-        evaluation: Evaluation,
-        loader: Loader,
-        valid: Loader | None,
-        *,
-        total_steps: int,
-        steps_per_epoch: int,
-        log_every: int,
-        best_metric: str | None,
-        stopper: EarlyStopping | None,
-        average: Average | None,
-        train_metrics: list[Metric | Adapted],
-        objects: dict[str, Any],
-        checkpoints: Checkpoints,
-        recorder: Recorder,
-        console: Console,
-        signals: Signals,
-        go_on: str,
+        self, parts: Parts, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals, go_on: str
     ):
-        self.settings, self.clock, self.stepper, self.evaluation = settings, clock, stepper, evaluation
-        self.loader, self.valid, self.log_every = loader, valid, log_every
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.best_metric, self.stopper, self.average = best_metric, stopper, average
-        self.train_metrics, self.objects = train_metrics, objects
+        settings = self.settings = parts.settings
+        self.clock, self.stepper, self.evaluation = parts.clock, parts.stepper, parts.evaluation
+        self.loader, self.valid, self.log_every = parts.loader, parts.valid, parts.log_every
+        self.total_steps, self.steps_per_epoch = parts.total_steps, parts.steps_per_epoch
+        self.best_metric, self.stopper, self.average = parts.best_metric, parts.stopper, parts.average
+        self.train_metrics, self.objects = parts.train_metrics, parts.objects
         self.checkpoints, self.recorder = checkpoints, recorder
         self.console, self.signals, self.go_on = console, signals, go_on
         self.best = Best()
@@ -178,7 +178,7 @@ class Training:
         self.metrics: dict[str, float] = {}
         self.window = Window()
         self._epoch_loss, self._epoch_samples = 0.0, 0
-        self._next_log = log_every
+        self._next_log = self.log_every
         self._last_indices: list[Tensor] = []
         self._trained_s, self._trained_samples = 0.0, 0
         every = settings.checkpoint.every

@@ -78,7 +78,7 @@ class Prepared:
     """
 
     def __init__(self, work: Work, decisions: Decisions):
-        self.work, self.decisions = work, decisions
+        self.work, self.decisions, self.settings = work, decisions, work.settings
         train = work.settings.train
         self.clock = Clock()
         choose_threads(train, decisions)
@@ -397,27 +397,7 @@ class Prepared:
         self, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals, go_on: str
     ) -> Training:
         """The training itself, once it has a folder."""
-        return Training(
-            self.work.settings,
-            self.clock,
-            self.stepper,
-            self.evaluation,
-            self.loader,
-            self.valid,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            log_every=self.log_every,
-            best_metric=self.best_metric,
-            stopper=self.stopper,
-            average=self.average,
-            train_metrics=self.train_metrics,
-            objects=self.objects,
-            checkpoints=checkpoints,
-            recorder=recorder,
-            console=console,
-            signals=signals,
-            go_on=go_on,
-        )
+        return Training(self, checkpoints, recorder, console, signals, go_on)
 
     def close(self) -> None:
         """End the loaders' workers, and leave torch's own settings as they were."""

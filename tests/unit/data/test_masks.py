@@ -70,6 +70,17 @@ def test_a_mask_moves_as_its_image_does(tmp_path: Path, size: int | None, augmen
             assert torch.equal(alone["image"], batch["image"][row])
 
 
+@pytest.mark.parametrize("size", [None, 9, 40])
+@pytest.mark.parametrize("augment", [(), *((name,) for name in NAMES)])
+def test_no_class_arises_between_two_others(tmp_path: Path, size: int | None, augment: tuple[str, ...]) -> None:
+    data = opened(folders(tmp_path, [np.where(RAMP // 8 % 2, 0, 200).astype(np.uint8)]), image_size=size,
+                  augment=augment)  # fmt: skip
+    for epoch in range(3):
+        batch = data.read_batch(np.array([0]), ChanceKey(0, epoch))
+        assert batch is not None
+        assert set(batch["mask"].unique().tolist()) == {0, 200}
+
+
 def test_masks_are_read_by_any_loader_and_by_threads(tmp_path: Path) -> None:
     data = opened(folders(tmp_path, [RAMP, RAMP[::-1], RAMP[:, ::-1]]), augment=NAMES)
     theirs = next(iter(DataLoader(data, batch_size=3)))

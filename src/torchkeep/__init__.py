@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import BestPoint, Run, evaluate, fit, inspect, open_run, predict, resume, runs, survey, train
+    from .api import BestPoint, Run, evaluate, fit, inspect, open_run, predict, resume, runs, train
     from .data.arrays import Arrays
     from .data.audio import AudioFolder, AudioTable
     from .data.dataset import Part
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .keep.checkpoint import Checkpoints
     from .keep.generators import generator_states, set_generator_states
     from .keep.stopping import EarlyStopping
+    from .training.survey import survey
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,7 @@ _PLACES = {
     "HubDataset": "data.hub", "HubStream": "data.hub", "IdxImages": "data.images", "ImageFolder": "data.images",
     "ImageTable": "data.images", "Loader": "data.loader", "Part": "data.dataset", "Stream": "data.streams",
     "Table": "data.tables", "TextBlocks": "data.text", "TextFolder": "data.text", "TextTable": "data.text",
-    "split": "data.splits", "survey": "api",
+    "split": "data.splits", "survey": "training.survey",
     "Interrupted": "errors", "PreemptedError": "errors", "TorchkeepError": "errors",
     "Checkpoints": "keep.checkpoint", "EarlyStopping": "keep.stopping",
     "generator_states": "keep.generators", "set_generator_states": "keep.generators",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from .data.dataset import whole
 from .data.foreign import as_dataset
 from .data.sources import open_data, open_source
 from .errors import CheckpointError, RunFolderError, SettingsError
-from .files import FolderLock, make_folder, write_durable
+from .files import FolderLock
 from .folder import RunFolder, create_run_folder, list_runs, open_run_folder
 from .keep.checkpoint import Checkpoints, Saved
 from .keep.generators import seed_generators
@@ -25,7 +25,7 @@ from .model.build import build_model
 from .model.describe import ModuleRow, describe
 from .settings import check, difference, override
 from .share.predict import Prediction, predict_all
-from .tensors import tensor_sha256, to_json
+from .tensors import tensor_sha256
 from .training.attempt import attempt, checkpoints_of, put
 from .training.decisions import Decisions
 from .training.prepare import Prepared, Work, describe_object, source_folder
@@ -34,10 +34,6 @@ from .training.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
 from .usercode import CodeReference, check_trusted, load_function, read_reference
 from .watch.console import Console
 from .watch.records import last_attempt_start, next_attempt, read_records
-
-if TYPE_CHECKING:
-    from .data.drift import Problem
-    from .data.survey import Survey
 
 Resume = Literal["no", "auto"] | bool
 RUNS = Path("runs")
@@ -344,50 +340,6 @@ def runs(parent: str | Path = RUNS) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def survey(
-    sources: str | Path | Sequence[str | Path] | Mapping[str, Any],
-    *,
-    set: Sequence[str] = (),
-    limit: int | None = None,
-    output: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Survey:
-    """What is in the data of a recipe, of one or more sources such as ``data.train`` names, or of datasets by split.
-
-    Sources are the splits, named by a word such as "val" in their paths, else train, valid and test in order. ``set``
-    says how they are read, ``["data.target=income"]``. ``limit`` looks at so many samples of each split. ``output`` is
-    a folder for survey.json and the contact sheet, sheet.png.
-
-    Raises:  SettingsError, DataError where there is nothing to look at; what training would refuse is a finding
-    """
-    from .data.survey import examined
-
-    datasets, problems = _opened_apart(sources, list(set))
-    found, contents = examined(datasets, problems, limit=limit, progress=progress)
-    if output is not None:
-        from .data.sheet import contact_sheet
-
-        make_folder(Path(output))
-        write_durable(Path(output) / "survey.json", to_json(found.to_json(), indent=True))
-        write_durable(Path(output) / "sheet.png", contact_sheet(found, contents))
-    return found
-
-
-def _opened_apart(sources: Any, assignments: list[str]) -> tuple[Mapping[str, Any], list[Problem]]:
-    from .data.apart import named_splits, open_apart, settings_alone
-
-    if isinstance(sources, Mapping):
-        return {name: as_dataset(data) for name, data in sources.items()}, []
-    names = [str(sources)] if isinstance(sources, str | Path) else [str(source) for source in sources]
-    if len(names) == 1 and names[0].endswith(".toml"):
-        recipe, base = read_recipe(names[0], assignments)
-        given = ((name, getattr(recipe.data, name)) for name in ("train", "valid", "test"))
-        named = {name: source for name, source in given if source is not None}
-        return open_apart(recipe.data, named, base, recipe.seed, load_function)
-    named = named_splits(names)
-    return open_apart(settings_alone(named, assignments), named, Path.cwd(), 0, load_function)
 
 
 def _sections(settings: dict[str, Any], seed: int, name: str) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -169,50 +168,32 @@ def runs(folder: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("data", nargs=-1, required=True)
 @_SET
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Look at N samples of each split.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--bad", "only_bad", is_flag=True, help="Print only the samples that cannot be read, one a line.")
 @click.option("-o", "--output", type=click.Path(), help="A folder for survey.json and a contact sheet, sheet.png.")
 def survey(
-    data: tuple[str, ...], assignments: tuple[str, ...], limit: int | None, as_json: bool, only_bad: bool,
-    output: str | None,
-) -> None:  # fmt: skip
+    data: tuple[str, ...], assignments: tuple[str, ...], as_json: bool, only_bad: bool, output: str | None
+) -> None:
     """Look through DATA before training: classes, sizes, bad samples, copies and leaks, labels, drift.
 
     DATA is a recipe, or each split as a recipe's data.train would name it: torchkeep survey data/train data/val
     """
-    from . import api
     from .tensors import to_json
+    from .training.survey import survey as look_through
     from .watch.console import Console
     from .watch.findings import show_survey
 
-    with _progress("reading") as progress:
-        found = api.survey(data, set=assignments, limit=limit, output=output, progress=progress)
+    def report(split: str, done: int, total: int) -> None:
+        click.echo(f"\r{split}: {done:,} of {total:,} samples" + "\n" * (done == total), nl=False, err=True)
+
+    found = look_through(data, set=assignments, output=output, progress=report if sys.stderr.isatty() else None)
     if as_json:
         click.echo(to_json(found.to_json(), indent=True).decode(), nl=False)
     elif only_bad:
-        for split in found.splits.values():
-            for bad in split.bad:
-                click.echo(f"{bad.where}: {bad.what}: {bad.got}")
+        for bad in (bad for split in found.splits.values() for bad in split.bad):
+            click.echo(f"{bad.where}: {bad.what}: {bad.got}")
     else:
         show_survey(Console(), found.to_json())
-        if output is not None:
-            click.echo(f"\nwritten: {Path(output, 'survey.json')}, {Path(output, 'sheet.png')}")
-
-
-@contextlib.contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        yield report
 
 
 @cli.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,15 +107,6 @@ class Schema(Mapping[str, Field]):
         seen = data["preprocess"]
         preprocess = Preprocess(**{**seen, "mean": tuple(seen["mean"]), "std": tuple(seen["std"])}) if seen else None
         return Schema({name: of(row) for name, row in data["fields"].items()}, preprocess)
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Everything with memory: JSON values and tensors only."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class KeyedDataset(Protocol):

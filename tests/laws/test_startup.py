@@ -63,7 +63,7 @@ def test_the_light_part_of_the_root_starts_without_torch(module: str) -> None:
 
 def test_help_names_the_verbs() -> None:
     text = run(HELP).stdout
-    for verb in ("train", "resume", "evaluate", "predict", "inspect", "runs", "schema"):
+    for verb in ("train", "resume", "evaluate", "predict", "inspect", "runs", "survey", "schema"):
         assert verb in text
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Kind, Preprocess, Sample, Schema
 from ..errors import DataError
+from .dataset import Indices, KeyedData
 from .samples import TARGETS
 
 _CAST = {
@@ -26,45 +26,20 @@ _CAST = {
 }
 
 
-class Arrays(Dataset[Sample]):
-    """Columns of one length: ``Arrays(image=x, label=y)``. The memory is shared with what is given where it can be.
+class Columns(KeyedData):
+    """Tensors of one length by name: what arrays and tables are once they are made."""
 
-    ``label``, ``labels``, ``target``, ``targets`` and ``y`` are targets; a target of whole numbers, (N,), is a label
-    with the classes "0" … "max", a target of texts is numbered in sorted order. float64 becomes float32.
-
-    Shapes:  each column (N, …); ``image`` uint8 (N, H, W) becomes (N, 1, H, W)
-    Raises:  DataError for columns of different lengths, no columns, no samples, or values that are no numbers
-    """
-
-    threads = False
-
-    def __init__(self, **columns: Any):
-        _check_lengths(columns)
-        fields: dict[str, Field] = {}
-        tensors: dict[str, Tensor] = {}
-        for name, given in columns.items():
-            fields[name], tensors[name] = _column(name, given)
-        self.columns = tensors
-        self.schema = Schema(fields, _preprocess_of(fields))
-        self._num_samples = len(next(iter(tensors.values())))
+    columns: dict[str, Tensor]
 
     def __len__(self) -> int:
-        return self._num_samples
-
-    def __getitem__(self, index: int) -> Sample:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        fields = self.schema.fields
-        return {
-            name: int(column[index]) if fields[name].kind == "label" else column[index]
-            for name, column in self.columns.items()
-        }
+        return len(next(iter(self.columns.values())))
 
     def read(self, index: int, key: ChanceKey) -> Sample:
         """One sample. Nothing here is random."""
-        return self[index]
+        kinds = {name: field.kind for name, field in self.schema.items()}
+        return {n: int(column[index]) if kinds[n] == "label" else column[index] for n, column in self.columns.items()}
 
-    def read_batch(self, indices: np.ndarray[Any, Any], key: ChanceKey) -> Batch:
+    def read_batch(self, indices: Indices, key: ChanceKey) -> Batch:
         """Shapes: indices (B,) int64 → each column (B, …)."""
         positions = torch.from_numpy(indices)
         return {name: torch.index_select(column, 0, positions) for name, column in self.columns.items()}
@@ -77,18 +52,32 @@ class Arrays(Dataset[Sample]):
             digest.update(bytes_of(column))
         return str(digest.hexdigest())
 
-    def without_augmentation(self) -> Arrays:
-        """Itself: there is none."""
-        return self
-
-    def id_of(self, index: int) -> str:
-        return str(index)
-
     @property
-    def labels(self) -> np.ndarray[Any, Any] | None:
+    def labels(self) -> Indices | None:
         """Class of each sample, (N,) int64; None where there is no label."""
         name = next((name for name, field in self.schema.items() if field.kind == "label"), None)
         return None if name is None else np.asarray(self.columns[name].numpy())
+
+
+class Arrays(Columns):
+    """Columns of one length: ``Arrays(image=x, label=y)``. The memory is shared with what is given where it can be.
+
+    ``label``, ``labels``, ``target``, ``targets`` and ``y`` are targets; a target of whole numbers, (N,), is a label
+    with the classes "0" … "max", a target of texts is numbered in sorted order. float64 becomes float32.
+
+    Shapes:  each column (N, …); ``image`` uint8 (N, H, W) becomes (N, 1, H, W)
+    Raises:  DataError for columns of different lengths, no columns, no samples, or values that are no numbers
+    """
+
+    def __init__(self, **columns: Any):
+        _check_lengths(columns)
+        made = {name: _column(name, given) for name, given in columns.items()}
+        self.columns = {name: tensor for name, (_, tensor) in made.items()}
+        fields = {name: field for name, (field, _) in made.items()}
+        self.schema = Schema(fields, _preprocess_of(fields))
+
+    def id_of(self, index: int) -> str:
+        return str(index)
 
 
 def open_arrays(path: Path) -> Arrays:
@@ -170,11 +159,9 @@ def _kind_of(column: Tensor) -> Kind:
 def _text_column(name: str, given: np.ndarray[Any, Any]) -> tuple[Field, Tensor]:
     if name not in TARGETS or given.ndim != 1 or not all(isinstance(value, str) for value in given.tolist()):
         raise DataError(
-            "a column is no array of numbers",
-            where=f"Arrays({name}=…)",
-            got=f"values of type {given.dtype}",
+            "a column is no array of numbers", where=f"Arrays({name}=…)", got=f"values of type {given.dtype}",
             expected="numbers; texts only as a target (N,)",
-        )
+        )  # fmt: skip
     classes, numbers = np.unique(given.astype(str), return_inverse=True)
     field = Field("label", (), tuple(str(name) for name in classes), is_target=True)
     return field, torch.from_numpy(numbers.astype(np.int64))
@@ -185,12 +172,9 @@ def _image_column(column: Tensor) -> tuple[Field, Tensor]:
     depths = (1, 3, 4)
     if column.shape[1] not in depths and column.shape[3] in depths:
         raise DataError(
-            "these images have their channels last",
-            where="Arrays(image=…)",
-            got=tuple(column.shape),
-            expected="(N, C, H, W)",
-            fix="image = x.transpose(0, 3, 1, 2), or x.permute(0, 3, 1, 2) for a tensor",
-        )
+            "these images have their channels last", where="Arrays(image=…)", got=tuple(column.shape),
+            expected="(N, C, H, W)", fix="image = x.transpose(0, 3, 1, 2), or x.permute(0, 3, 1, 2) for a tensor",
+        )  # fmt: skip
     return Field("image", tuple(column.shape[1:])), column
 
 
@@ -199,12 +183,10 @@ def _label_column(name: str, column: Tensor) -> tuple[Field, Tensor]:
     lowest, highest = int(column.min()), int(column.max())
     if lowest < 0:
         raise DataError(
-            "a label is below 0",
-            where=f"Arrays({name}=…)",
-            got=f"{lowest} (sample {int(column.argmin())})",
+            "a label is below 0", where=f"Arrays({name}=…)", got=f"{lowest} (sample {int(column.argmin())})",
             expected="classes counted from 0; for a regression, a target of floats",
             fix=f"{name} = {name}.astype('float32') for a regression",
-        )
+        )  # fmt: skip
     return Field("label", (), tuple(str(number) for number in range(highest + 1)), is_target=True), column
 
 

@@ -15,14 +15,14 @@ import torch
 
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Sample
-from ..errors import BadSampleError, DataError, SettingsError
+from ..errors import BadSampleError, SettingsError
 from .blobs import Blobs, Cells, FolderRows, FrameRows, ListedFiles, folder_of
 from .dataset import Indices, target_of, whole_of
 from .frames import Form, Source, read_frame, where_of
 from .index import Layout, list_folder
 from .labels import LabelledData, Labels, labels_of_classes, labels_of_column
 from .mel import POWER_FLOOR, log_mel, num_frames
-from .samples import padded
+from .samples import package_of, padded
 from .sounds import Augmentation, SoundAugmentations
 
 Wave = np.ndarray[Any, np.dtype[np.float32]]
@@ -54,24 +54,17 @@ class Clips(LabelledData):
     """
 
     threads = True  # decoding, resampling and the transforms release the GIL
+    suffixes = AUDIO_SUFFIXES
+    input_column = "audio"
     sample_rate: int
     seconds: float | None
     num_mels: int
 
     def __init__(
-        self,
-        blobs: Blobs,
-        labels: Labels | None,
-        where: str,
-        *,
-        sample_rate: int | None = None,
-        channels: Channels | None = None,
-        seconds: float | None = None,
-        features: Features | None = None,
-        num_mels: int | None = None,
-        augment: Sequence[Augmentation] = (),
-        like: Any = None,
-    ):
+        self, blobs: Blobs, labels: Labels | None, where: str, *, sample_rate: int | None = None,
+        channels: Channels | None = None, seconds: float | None = None, features: Features | None = None,
+        num_mels: int | None = None, augment: Sequence[Augmentation] = (), like: Any = None,
+    ):  # fmt: skip
         known = whole_of(like, Clips, "a dataset of recordings", where)
         self.blobs = self._held = blobs
         self._labels, self.where = labels, where
@@ -89,12 +82,10 @@ class Clips(LabelledData):
         self.sample_rate = sample_rate or (known.sample_rate if known else self._decoded(0, self._where(0))[1])
         if self.features == "log_mel" and self.sample_rate < _LEAST_RATE:
             raise SettingsError(
-                "log-mels need a higher rate",
-                where="sample_rate",
+                "log-mels need a higher rate", where="sample_rate",
                 got=f"{self.sample_rate:,} Hz" + ("" if sample_rate else f", the rate of {self._where(0)}"),
-                expected=f"{_LEAST_RATE:,} Hz or more",
-                fix='features = "waveform" takes any rate',
-            )
+                expected=f"{_LEAST_RATE:,} Hz or more", fix='features = "waveform" takes any rate',
+            )  # fmt: skip
         self.schema = self._schema_of({"audio": Field("audio", self._shape())})
 
     def _shape(self) -> tuple[int | None, ...]:
@@ -191,6 +182,12 @@ class Clips(LabelledData):
         plain.threads = True
         return plain
 
+    def like_files(self, files: Blobs) -> Clips:
+        return Clips(files, None, "inputs", like=self)
+
+    def like_table(self, path: Path, form: Form) -> Clips:
+        return AudioTable(path, audio=self.input_column, label=None, form=form, like=self)
+
     def fingerprint(self) -> str:
         """xxh3 of the recordings' names, sizes or bytes, of what is made of them, and of the labels."""
         return self._digest(repr((self.sample_rate, self.channels, self.seconds, self.features, self.num_mels)))
@@ -229,18 +226,10 @@ class AudioTable(FrameRows, Clips):
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        audio: str = "audio",
-        label: str | None = "label",
-        id: str | None = None,
-        root: str | Path | None = None,
-        separator: str | None = None,
-        form: Form | None = None,
-        identity: str = "",
+        self, source: Source, *, audio: str = "audio", label: str | None = "label", id: str | None = None,
+        root: str | Path | None = None, separator: str | None = None, form: Form | None = None, identity: str = "",
         **options: Any,
-    ):
+    ):  # fmt: skip
         where, folder = where_of(source), folder_of(source, root)
         frame = read_frame(source, form or Form())
         field = target_of(whole_of(options.get("like"), Clips, "a dataset of recordings", where))
@@ -258,7 +247,7 @@ def decode_audio(data: bytes, where: str) -> tuple[Wave, int]:
     plain = _plain_wav(data)
     if plain is not None:
         return plain
-    soundfile = _library("soundfile")
+    soundfile = package_of("soundfile", "audio")
     try:
         with soundfile.SoundFile(BytesIO(data)) as file:
             if file.frames * file.channels > MAX_SAMPLES:
@@ -320,32 +309,14 @@ def _check_end(data: bytes) -> None:
 
 def _not_decoded(where: str, got: str) -> BadSampleError:
     return BadSampleError(
-        "this recording cannot be decoded",
-        where=where,
-        got=got,
-        expected="a complete WAV, FLAC or OGG",
-        fix="mend or remove this recording and start a new run: other data make another run",
-    )
+        "this recording cannot be decoded", where=where, got=got, expected="a complete WAV, FLAC or OGG",
+        fix="torchkeep survey DATA --bad lists all such recordings; mend or remove them and start a new run",
+    )  # fmt: skip
 
 
 def _resampled(wave: Wave, rate: int, wanted: int, where: str) -> Wave:
     size = wave.size * wanted // rate
     if size > MAX_SAMPLES:  # a header may say 1 Hz
         raise _not_decoded(where, f"{rate:,} Hz: {size:,} samples at {wanted:,} Hz; the limit is {MAX_SAMPLES:,}")
-    resampled: Wave = _library("soxr").resample(wave.T, rate, wanted).T
+    resampled: Wave = package_of("soxr", "audio").resample(wave.T, rate, wanted).T
     return np.ascontiguousarray(resampled, np.float32)
-
-
-def _library(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # soundfile brings a library of the system's, and says OSError
-        raise DataError(
-            "a library for recordings is missing",
-            where=name,
-            got=error,
-            expected=f"the package {name}",
-            fix="pip install 'torchkeep[audio]'",
-        ) from None

@@ -107,12 +107,10 @@ def check_augmentations(augment: Sequence[Augmentation], where: str = "augment")
     for entry in augment:
         if not callable(entry) and entry not in NAMES:
             raise SettingsError(
-                "unknown augmentation",
-                where=where,
-                got=repr(entry),
+                "unknown augmentation", where=where, got=repr(entry),
                 expected=f"one of {', '.join(NAMES)}, or in Python a callable (sample, rng)",
                 fix=nearest(str(entry), list(NAMES)),
-            )
+            )  # fmt: skip
     return tuple(augment)
 
 

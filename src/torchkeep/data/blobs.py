@@ -122,7 +122,7 @@ class Cells:
 class FrameRows:
     """For datasets made of a table: ids from a column of it, and the columns that are neither input nor target."""
 
-    input_column: str  # where a model's input stands in tables such as this one
+    input_column: str
     _frame: Frame
     _ids: Any = None
     where: str

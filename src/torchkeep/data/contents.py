@@ -9,25 +9,37 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
+from torch import Tensor
 
-from ..chance import ChanceKey, keyed_uniform
+from ..chance import ChanceKey
 from ..contracts import Json
 from ..errors import DataError
+from .audio import Clips
 from .dataset import Indices, Part
-from .duplicates import U64
+from .decode import Pixels, in_bits
+from .duplicates import Array, Hash, gradient_hash, min_hash, shingles_of, thumb_of
 from .foreign import Foreign, as_dataset
 from .frames import as_texts, is_category, is_date, is_number
-from .readers import Reading, reader_of
+from .images import Images
+from .mel import log_mel
+from .samples import TARGETS, absorb
 from .streams import Stream
 from .tables import Table
-from .text import TextBlocks
+from .text import TextBlocks, Texts
+
+Progress = Callable[[str, int, int], None]
+"""A split's name, samples read, samples in all."""
 
 _MANY_CLASSES = 50
 _MOST_WORDS = 10
+_MOST_OF_STREAM = 10_000  # they are held
+_HEARD_S, _HEARD = 30, 0.02  # what is compared of a recording: from where it reaches this share of its peak
+_GREYS_PER_LOG = 255 / 14  # log-mels reach from -14 to a little above 0
 
 
 @dataclass(frozen=True)
@@ -51,31 +63,23 @@ class BadSample(Member):
 
 @dataclass(eq=False)
 class Split:
-    """One split of ``num_samples``. Those that were read have a row in ``members`` and what follows it.
+    """One split: the samples that were read, a row each in ``members`` and what follows it, and the bad ones.
 
-    A column holds numbers, float64 with NaN where one is missing, or texts, a pyarrow.Array. ``mean`` and ``std`` are
-    those of each channel, white or full scale being 1, each sample alike.
+    ``held`` are columns of numbers, float64 with NaN where one is missing, or of texts, pyarrow.Array. ``mean`` and
+    ``std`` are those of each channel, white or full scale being 1, each sample alike.
     """
 
     reader: Any
+    kind: str
     num_samples: int
     num_bytes: int | None
     members: list[Member] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
-    hashes: list[U64 | None] = field(default_factory=list)
-    columns: dict[str, Any] = field(default_factory=dict)
+    hashes: list[Hash | None] = field(default_factory=list)
+    held: dict[str, Any] = field(default_factory=dict)
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
-    notes: dict[str, list[str]] = field(default_factory=dict)
     bad: list[BadSample] = field(default_factory=list)
-
-    @property
-    def kind(self) -> str:
-        return str(self.reader.kind)
-
-    @property
-    def num_read(self) -> int:
-        return len(self.members) + len(self.bad)
 
     @property
     def classes(self) -> Counter[str]:
@@ -84,17 +88,12 @@ class Split:
         return Counter(dict(found.most_common()))
 
     @property
-    def measures(self) -> dict[str, dict[str, float]]:
-        """Of each number count, missing, min, median, max, mean and std."""
-        return {name: _spread(held) for name, held in self.columns.items() if isinstance(held, np.ndarray)}
-
-    @property
-    def categories(self) -> dict[str, dict[str, Any]]:
-        """Of each column of texts the number of different ones, those missing, and the most frequent."""
-        return {name: _words(held) for name, held in self.columns.items() if not isinstance(held, np.ndarray)}
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """What is held of each: count and missing; of numbers the spread, of texts how many and the most frequent."""
+        return {name: (_spread if isinstance(held, np.ndarray) else _words)(held) for name, held in self.held.items()}
 
     def to_json(self) -> Json:
-        names = ("kind", "num_samples", "num_read", "num_bytes", "classes", "measures", "categories", "mean", "std")
+        names = ("kind", "num_samples", "num_bytes", "classes", "columns", "mean", "std")
         return {name: getattr(self, name) for name in names} | {"bad": [asdict(sample) for sample in self.bad]}
 
 
@@ -105,7 +104,8 @@ def word_counts(words: Any) -> Counter[str]:
 
 def _words(words: Any) -> dict[str, Any]:
     found = word_counts(words)
-    return {"values": len(found), "missing": words.null_count, "top": dict(found.most_common(_MOST_WORDS))}
+    top = dict(found.most_common(_MOST_WORDS))
+    return {"count": found.total(), "missing": words.null_count, "values": len(found), "top": top}
 
 
 def _spread(values: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -116,12 +116,162 @@ def _spread(values: np.ndarray[Any, Any]) -> dict[str, float]:
     return counts | {"min": low, "median": median, "max": high, "mean": float(known.mean()), "std": float(known.std())}
 
 
+@dataclass
+class Reading:
+    """One sample. ``moments``, (2, C), are mean and mean square of each channel; ``labels`` None: as the data say."""
+
+    digest: bytes
+    values: dict[str, float | str]
+    hash: Hash | None = None
+    moments: Array | None = None
+    labels: tuple[str, ...] | None = None
+
+
+class Reader:
+    """The samples of a dataset by number: their names, labels, readings, and pictures to look at."""
+
+    kind = "samples"
+
+    def __init__(self, held: Any):
+        self.held = held
+
+    def id_of(self, index: int) -> str:
+        return str(getattr(self.held, "id_of", "sample {}".format)(index))
+
+    def labels_of(self, index: int) -> tuple[str, ...]:
+        """The classes of a sample; none where numbers are predicted, or nothing."""
+        kept = getattr(self.held, "_labels", None)
+        if kept is None or kept.field.kind == "number":
+            return ()
+        place = slice(index, index + 1) if kept.offsets is None else slice(*kept.offsets[index : index + 2])
+        return tuple(kept.field.classes[number] for number in kept.values[place].tolist())
+
+    def signature(self, index: int) -> Array:
+        """What near copies are compared by."""
+        return thumb_of(self.shown(index))
+
+    def shown(self, index: int) -> Any:
+        """What a contact sheet shows of a sample: pixels, (H, W, C) uint8, or words."""
+        sample = self._sample(index)
+        pixels = _pixels_in(sample)
+        return repr(sample) if pixels is None else pixels
+
+    def read(self, index: int) -> Reading:
+        """Raises:  BadSampleError"""
+        sample = self._sample(index)
+        digest, pixels = xxhash.xxh3_128(), _pixels_in(sample)
+        absorb(digest, {name: value for name, value in sample.items() if name not in TARGETS})
+        made = Reading(b"", {}) if pixels is None else _of_pixels(pixels)
+        made.digest, made.labels = digest.digest(), ()
+        for name, value in sample.items():
+            value = value.detach().numpy() if isinstance(value, Tensor) else value
+            value = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+            if name in TARGETS and isinstance(value, int | str):
+                classes = self.held.schema[name].classes
+                made.labels = (classes[value] if classes and isinstance(value, int) else str(value),)
+            elif isinstance(value, int | float):
+                made.values[name] = float(value)
+            elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and name != "image":
+                made.values[f"{name}: mean"] = float(value.mean(dtype=np.float64))
+        return made
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        sample = getattr(self.held, "named", dict)(self.held.read(index, ChanceKey()))
+        return {name: value for name, value in sample.items() if name not in ("id", "index")}
+
+
+class ImageReader(Reader):
+    kind = "images"
+
+    def read(self, index: int) -> Reading:
+        if "mask" in self.held.schema:
+            self.held.read(index, ChanceKey())  # raises where the mask cannot be used
+        return _of_pixels(self.held.decoded(index))
+
+    def shown(self, index: int) -> Pixels:
+        return in_bits(self.held.decoded(index), 8)
+
+
+class ClipReader(Reader):
+    kind = "recordings"
+
+    def read(self, index: int) -> Reading:
+        wave, rate = self.held._decoded(index, "")
+        moments = np.array([[wave.mean()], [np.square(wave).mean()]])
+        level = float(np.sqrt(moments[1, 0]))
+        digest = xxhash.xxh3_128_digest(wave.tobytes() + f"{wave.shape}|{rate}".encode())
+        values = {"seconds": wave.shape[1] / rate, "level dB": 20 * np.log10(max(level, 1e-9)), "rate": f"{rate:,} Hz"}
+        return Reading(digest, values, gradient_hash(_mels_of(wave, rate)), moments)
+
+    def shown(self, index: int) -> Pixels:
+        return _mels_of(*self.held._decoded(index, ""))
+
+
+class TextReader(Reader):
+    kind = "texts"
+
+    def shown(self, index: int) -> str:
+        return str(self.held.source.texts(np.array([index]))[0])
+
+    def read(self, index: int) -> Reading:
+        text = self.shown(index)
+        num_tokens = len(self.held.tokenizer.encode_batch([text], None)[0])
+        values: dict[str, float | str] = {"characters": len(text.strip()), "tokens": num_tokens}
+        digest = xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
+        return Reading(digest, values, min_hash(text) if text.strip() else None)
+
+    def signature(self, index: int) -> Array:
+        return shingles_of(self.shown(index))
+
+
+def reader_of(held: Any) -> Reader:
+    """The reader for a dataset's kind; of others, whose samples are dicts or tuples, what is found in them decides."""
+    readers = ((Images, ImageReader), (Clips, ClipReader), (Texts, TextReader))
+    return next((reader(held) for kind, reader in readers if isinstance(held, kind)), None) or Reader(held)
+
+
+def _of_pixels(pixels: Pixels) -> Reading:
+    """What any image tells, (H, W, C)."""
+    pixels = np.ascontiguousarray(pixels)
+    height, width = pixels.shape[:2]
+    mean, deviation = (part.reshape(-1) / np.iinfo(pixels.dtype).max for part in cv2.meanStdDev(pixels))
+    digest = xxhash.xxh3_128_digest(pixels.tobytes() + f"{pixels.shape}|{pixels.dtype}".encode())
+    values: dict[str, float | str] = {
+        "width": width, "height": height, "brightness": float(mean.mean()), "contrast": float(deviation.mean()),
+        "size": f"{width} × {height}",
+    }  # fmt: skip
+    moments = np.stack([mean, mean**2 + deviation**2])
+    return Reading(digest, values, gradient_hash(in_bits(pixels, 8)), moments)
+
+
+def _pixels_in(sample: dict[str, Any]) -> Pixels | None:
+    """The image of a sample, channels last."""
+    value = sample.get("image", sample.get("input"))
+    held = value.numpy() if isinstance(value, Tensor) and not value.is_floating_point() else value
+    if not isinstance(held, np.ndarray) or held.dtype != np.uint8 or held.ndim != 3:
+        return None
+    last = held.transpose(1, 2, 0) if held.shape[0] in (1, 3, 4) else held
+    return np.ascontiguousarray(last) if last.shape[2] in (1, 3, 4) else None
+
+
+def _mels_of(wave: Any, rate: int) -> Pixels:
+    """Log-mels of what is heard, at most half a minute: near copies look alike whatever their gain and lead.
+
+    Shapes:  (C, T) → (96, 96, 1) uint8, low bands at the bottom
+    """
+    mono = wave.mean(0)
+    loud = np.flatnonzero(np.abs(mono) >= _HEARD * np.abs(mono).max())
+    heard = mono[loud[0] : loud[-1] + 1][: _HEARD_S * rate]
+    mels = log_mel(heard[None] / max(float(np.abs(heard).max()), 1e-9), rate, 32)[0]
+    greys = np.clip((mels - mels.min()) * _GREYS_PER_LOG, 0, 255).astype(np.uint8)
+    return np.asarray(cv2.resize(greys[::-1], (96, 96), interpolation=cv2.INTER_AREA))[..., None]
+
+
 @dataclass(frozen=True)
 class Rows:
     """A table as it stands, also one that training refuses; ``target`` is a column of it, or None."""
 
     frame: Any
-    where: str
     target: str | None = None
     left_out: tuple[str, ...] = ()
     forced: tuple[str, ...] = ()  # categories although they are numbers
@@ -134,41 +284,34 @@ class Rows:
     def id_of(self, index: int) -> str:
         return str(self.frame[self.id][index]) if self.id in self.frame.column_names else f"row {index}"
 
+    def shown(self, index: int) -> str:
+        return "\n".join(f"{name} {self.frame[name][index]}" for name in self.frame.column_names)
 
-def looked_at(dataset: Any, limit: int | None) -> tuple[Any, Indices, int]:
-    """What a dataset holds, behind its parts and without augmentation, the positions in it, and their whole number.
 
-    With ``limit`` so many, chosen by keyed chance; of a stream, which has no samples by number, the first ones.
-    """
+def looked_at(dataset: Any) -> tuple[Any, Indices]:
+    """What a dataset holds, behind its parts and without augmentation, and the positions in it."""
     held = dataset if isinstance(dataset, Rows) else as_dataset(dataset)
     if isinstance(held, Stream):
-        first = list(islice(held.samples(ChanceKey()), limit or len(held)))
-        return Foreign(first), np.arange(len(first)), len(held)
+        held = Foreign(list(islice(held.samples(ChanceKey()), _MOST_OF_STREAM)))  # a stream has none by number
     positions = np.arange(len(held))
     while isinstance(held, Part):
         positions, held = held.indices[positions], held.dataset
     if isinstance(held, Table):
-        told, positions = held._options, held.rows[positions]
-        held = Rows(held._frame, held.where, held.encoding.target, told.drop, told.categories, told.id)
-    elif isinstance(held, TextBlocks):
-        held, positions = held.texts, np.arange(len(held.texts))
-    elif hasattr(held, "without_augmentation"):
-        held = held.without_augmentation()
-    total = len(positions)
-    if limit is not None and limit < total:
-        draws = keyed_uniform(ChanceKey(), "survey", positions)[:, 0]
-        positions = positions[np.sort(np.argsort(draws, kind="stable")[:limit])]
-    return held, positions, total
+        unused, forced = tuple(held._unused), tuple(held._forced)
+        return Rows(held._frame, held.encoding.target, unused, forced, held._id), held.rows[positions]
+    if isinstance(held, TextBlocks) and len(positions) == len(held):
+        return held.texts, np.arange(len(held.texts))
+    return getattr(held, "without_augmentation", lambda: held)(), positions
 
 
-def read_split(name: str, held: Any, positions: Indices, total: int, progress: Callable[[int], None]) -> Split:
+def read_split(name: str, held: Any, positions: Indices, progress: Progress) -> Split:
     """Read these samples, of whatever kind."""
     if isinstance(held, Rows):
-        made = _of_rows(name, held, positions, total)
-        progress(len(positions))
-        return made
+        return _of_rows(name, held, positions)
     reader = reader_of(held)
-    made, readings = Split(reader, total, reader.num_bytes(positions)), list[Reading]()
+    sizes = getattr(getattr(held, "blobs", getattr(held, "source", None)), "sizes_bytes", None)
+    num_bytes = None if sizes is None else int(np.asarray(sizes)[positions].clip(0).sum())
+    made, readings = Split(reader, reader.kind, len(positions), num_bytes), list[Reading]()
     source, kept = getattr(held, "where", type(held).__name__), getattr(held, "_labels", None)
 
     def read(index: int) -> Reading | DataError:
@@ -179,23 +322,21 @@ def read_split(name: str, held: Any, positions: Indices, total: int, progress: C
 
     with ThreadPoolExecutor() as pool:
         results = (pool.map if getattr(held, "threads", False) else map)(read, positions.tolist())
-        for index, found in zip(positions.tolist(), results, strict=True):
-            progress(1)
+        for done, (index, found) in enumerate(zip(positions.tolist(), results, strict=True), 1):
+            progress(name, done, len(positions))
             id, labels = reader.id_of(index), reader.labels_of(index)
             if isinstance(found, DataError):
                 made.bad.append(BadSample(name, index, id, labels, f"{source}: {id}", found.what, found.got))
                 continue
             made.members.append(Member(name, index, id, labels if found.labels is None else found.labels))
             readings.append(found)
-            if found.note:
-                made.notes.setdefault(found.note, []).append(id)
     made.digests, made.hashes = [r.digest for r in readings], [r.hash for r in readings]
     for column in dict.fromkeys(column for r in readings for column in r.values):
         values = [r.values.get(column) for r in readings]
         has_texts = any(isinstance(value, str) for value in values)
-        made.columns[column] = pa.array(values, pa.string()) if has_texts else np.array(values, np.float64)
+        made.held[column] = pa.array(values, pa.string()) if has_texts else np.array(values, np.float64)
     if kept is not None and kept.field.kind == "number":
-        made.columns["target"] = np.array([kept.of(member.index) for member in made.members])
+        made.held["target"] = np.array([kept.of(member.index) for member in made.members])
     moments = [r.moments for r in readings if r.moments is not None]
     if moments and len({found.shape for found in moments}) == 1:
         mean, square = np.mean(moments, axis=0)
@@ -203,20 +344,20 @@ def read_split(name: str, held: Any, positions: Indices, total: int, progress: C
     return made
 
 
-def _of_rows(split: str, rows: Rows, positions: Indices, total: int) -> Split:
+def _of_rows(split: str, rows: Rows, positions: Indices) -> Split:
     frame = rows.frame.take(pa.array(positions))
-    made = Split(rows, total, int(frame.nbytes), hashes=[None] * len(positions))
+    made = Split(rows, rows.kind, len(positions), int(frame.nbytes), hashes=[None] * len(positions))
     names = [name for name in frame.column_names if name not in (rows.target, rows.id, *rows.left_out)]
     columns = {name: _column_of(frame[name], name in rows.forced) for name in names}
-    made.columns = {name: column for name, column in columns.items() if column is not None}
-    made.digests = _digests_of(frame, list(made.columns))
+    made.held = {name: column for name, column in columns.items() if column is not None}
+    made.digests = _digests_of(frame, list(made.held))
     labels: list[tuple[str, ...]] = [()] * len(positions)
     if rows.target in frame.column_names:
         target = frame[rows.target]
         is_few = pa.types.is_integer(target.type) and pc.count_distinct(target).as_py() <= _MANY_CLASSES
         column = _column_of(target, is_few)
         if isinstance(column, np.ndarray):
-            made.columns[str(rows.target)] = column
+            made.held[str(rows.target)] = column
         elif column is not None:
             labels = [() if text is None else (text,) for text in column.to_pylist()]
     places = zip(positions.tolist(), labels, strict=True)

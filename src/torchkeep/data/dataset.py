@@ -174,8 +174,6 @@ def whole_of(like: Any, kind: type[D], what: str, where: str) -> D | None:
     if found is None or isinstance(found, kind):
         return found
     raise DataError(
-        f"this is {what}, and the training data are not",
-        where=where,
-        got=what,
+        f"this is {what}, and the training data are not", where=where, got=what,
         expected=f"data as in training, a {type(found).__name__}",
-    )
+    )  # fmt: skip

@@ -46,12 +46,10 @@ def decode_image(data: bytes, name: str, channels: int = 3, bits: int = 8) -> Pi
     # a decoder may fail in any way on damaged bytes (SyntaxError, struct.error, cv2.error …)
     except Exception as error:
         raise BadSampleError(
-            "this image cannot be decoded",
-            where=name,
-            got=_describe(data, error),
+            "this image cannot be decoded", where=name, got=_describe(data, error),
             expected="a complete JPEG, PNG, WebP, BMP, GIF or TIFF",
-            fix="mend or remove this image and start a new run: other data make another run",
-        ) from None
+            fix="torchkeep survey DATA --bad lists all such images; mend or remove them and start a new run",
+        ) from None  # fmt: skip
 
 
 def decode_mask(data: bytes, name: str) -> U8:
@@ -70,11 +68,9 @@ def decode_mask(data: bytes, name: str) -> U8:
         return (classes // _SMALL_GREYS[data[24]] if is_small_grey else classes)[..., None]
     except Exception as error:
         raise BadSampleError(
-            "this mask cannot be decoded",
-            where=name,
-            got=_describe(data, error),
+            "this mask cannot be decoded", where=name, got=_describe(data, error),
             expected="a PNG of one class number from 0 to 255 for each pixel (grey or palette)",
-        ) from None
+        ) from None  # fmt: skip
 
 
 def _check_size(data: bytes) -> None:

@@ -61,12 +61,9 @@ class Foreign(Dataset[Any]):
             )
         if isinstance(dataset, tuple) and dataset and all(isinstance(part, Tensor | np.ndarray) for part in dataset):
             raise DataError(
-                "several arrays are not yet a dataset",
-                where="(x, y)",
-                got=f"a tuple of {len(dataset)} arrays",
-                expected="a dataset",
-                fix="tk.Arrays(input=x, label=y)",
-            )
+                "several arrays are not yet a dataset", where="(x, y)", got=f"a tuple of {len(dataset)} arrays",
+                expected="a dataset", fix="tk.Arrays(input=x, label=y)",
+            )  # fmt: skip
         if len(dataset) == 0:
             raise DataError("the dataset is empty", where=type(dataset).__name__, got="0 samples")
         self.dataset = dataset

@@ -207,12 +207,10 @@ def require_column(frame: Frame, name: str, where: object, setting: str) -> Any:
     """
     if name not in frame.column_names:
         raise DataError(
-            f"this table has no column {name!r}",
-            where=where,
-            got=f"columns {', '.join(frame.column_names[:30])}",
+            f"this table has no column {name!r}", where=where, got=f"columns {', '.join(frame.column_names[:30])}",
             expected=f"a column {name!r}",
             fix=nearest(name, frame.column_names) or (f"name it with {setting} = …" if setting else ""),
-        )
+        )  # fmt: skip
     return frame[name]
 
 
@@ -256,19 +254,15 @@ def as_floats(column: Any, name: str, where: str) -> np.ndarray[Any, Any]:
         values = np.asarray(pc.fill_null(pc.cast(column, pa.float64(), safe=False), float("nan")).to_numpy())
     except pa.ArrowException as error:
         raise DataError(
-            "a column of numbers holds something else",
-            where=f"{where}: column {name!r}",
-            got=str(error).splitlines()[0][:200],
-            expected="numbers, as in the training table",
-        ) from None
+            "a column of numbers holds something else", where=f"{where}: column {name!r}",
+            got=str(error).splitlines()[0][:200], expected="numbers, as in the training table",
+        ) from None  # fmt: skip
     if np.isinf(values).any():
         row = int(np.flatnonzero(np.isinf(values))[0])
         raise DataError(
-            "a number is infinite",
-            where=f"{where}: column {name!r}, sample {row}",
-            got=values[row],
+            "a number is infinite", where=f"{where}: column {name!r}, sample {row}", got=values[row],
             expected="a finite number, or an empty cell where it is missing",
-        )
+        )  # fmt: skip
     return values
 
 
@@ -295,7 +289,8 @@ def check_one_kind(column: Any, name: str, where: str) -> None:
     others = len(column) - pc.sum(is_numeric).as_py()
     row = pc.index(is_numeric, False).as_py()
     few = others < (1 - _SHARE_OF_NUMBERS) * len(column) and pc.count_distinct(column).as_py() > _MANY_WORDS
-    halfway = row >= _RUN and others >= _RUN and not pc.any(pc.and_(is_numeric[row:], pc.is_valid(column[row:]))).as_py()
+    rest = pc.and_(is_numeric[row:], pc.is_valid(column[row:]))
+    halfway = row >= _RUN and others >= _RUN and not pc.any(rest).as_py()
     if not others or not (few or halfway):
         return
     raise DataError(
@@ -314,8 +309,6 @@ def check_ids(column: Any, name: str, where: str) -> None:
     if twice >= 0 or column.null_count:
         got = repr(counts[twice]["values"].as_py()) + " more than once" if twice >= 0 else "an empty cell"
         raise DataError(
-            "an id does not name one sample",
-            where=f"{where}: column {name!r}",
-            got=got,
+            "an id does not name one sample", where=f"{where}: column {name!r}", got=got,
             expected="a different id in each row",
-        )
+        )  # fmt: skip

@@ -25,6 +25,7 @@ from .audio import AudioTable
 from .dataset import Part
 from .frames import Frame, is_text, where_of
 from .images import ImageTable
+from .samples import package_of
 from .streams import Stream
 from .tables import Table
 from .text import Texts, TextTable
@@ -61,15 +62,9 @@ class HubDataset(Part):
     """
 
     def __init__(
-        self,
-        name: str | Path,
-        split: str | None = None,
-        *,
-        kind: Kind | Literal["auto"] = "auto",
-        column: str | None = None,
-        label: str | None = None,
-        **options: Any,
-    ):
+        self, name: str | Path, split: str | None = None, *, kind: Kind | Literal["auto"] = "auto",
+        column: str | None = None, label: str | None = None, **options: Any,
+    ):  # fmt: skip
         held = open_hub(str(name), split or "train")
         opened = open_hub_frame(held, kind, column, label, **options)
         super().__init__(opened, np.arange(len(opened)))
@@ -152,7 +147,8 @@ def _features(frame: Frame) -> dict[str, Any]:
 
 def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
     called, config, said = _parsed(name)
-    datasets = _library()
+    datasets = package_of("datasets", "hf")
+    datasets.disable_progress_bars()
     wanted, folder = said or split, Path(called).expanduser()
     is_saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     try:
@@ -164,11 +160,9 @@ def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
     except Exception as error:
         said = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
-            "this dataset cannot be opened",
-            where=name,
-            got=f"{type(error).__name__}: {said}"[:300],
+            "this dataset cannot be opened", where=name, got=f"{type(error).__name__}: {said}"[:300],
             expected="a dataset of the hub or of this disk, as hf:NAME, hf:NAME:CONFIG or hf:FOLDER",
-        ) from None
+        ) from None  # fmt: skip
     chosen = _split_of(loaded, wanted, name) if isinstance(loaded, dict) else _checked(loaded, said, name)
     return chosen.to_iterable_dataset() if streaming and is_saved else chosen, f"{name} ({wanted})"
 
@@ -200,28 +194,10 @@ def _split_of(loaded: Any, wanted: str, name: str) -> Any:
     if wanted not in loaded:
         near = nearest(wanted, list(loaded))
         raise DataError(
-            "this dataset has no such split",
-            where=name,
-            got=repr(wanted),
-            expected=f"one of {', '.join(loaded)}",
+            "this dataset has no such split", where=name, got=repr(wanted), expected=f"one of {', '.join(loaded)}",
             fix=near or f"{name.partition('@')[0]}@{next(iter(loaded))}",
-        )
+        )  # fmt: skip
     return loaded[wanted]
-
-
-def _library() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            "the library for Hugging Face datasets is missing",
-            where="datasets",
-            got=error,
-            expected="the package datasets",
-            fix="pip install 'torchkeep[hf]'",
-        ) from None
-    datasets.disable_progress_bars()
-    return datasets
 
 
 class HubStream(Stream):
@@ -234,17 +210,9 @@ class HubStream(Stream):
     """
 
     def __init__(
-        self,
-        name: str | Path,
-        split: str | None = None,
-        *,
-        length: int | None = None,
-        buffer: int = 1024,
-        kind: Kind | Literal["auto"] = "auto",
-        column: str | None = None,
-        label: str | None = None,
-        **options: Any,
-    ):
+        self, name: str | Path, split: str | None = None, *, length: int | None = None, buffer: int = 1024,
+        kind: Kind | Literal["auto"] = "auto", column: str | None = None, label: str | None = None, **options: Any,
+    ):  # fmt: skip
         source, self._name = _loaded(str(name), split or "train", streaming=True)
         self._arrow = source.features.arrow_schema if source.features is not None else None
         first = list(islice(iter(_undecoded(source)), _AT_ONCE))

@@ -48,25 +48,17 @@ class Images(LabelledData):
     """
 
     threads = True  # decoding and resizing release the GIL
+    suffixes = IMAGE_SUFFIXES
+    input_column = "image"
     image_size: int | None
     size: tuple[int, int]  # height and width of every image that leaves here
 
     def __init__(
-        self,
-        blobs: Blobs,
-        labels: Labels | None,
-        where: str,
-        *,
-        image_size: int | None = None,
-        channels: int | None = None,
-        bits: Literal[8, 16] | None = None,
-        augment: Sequence[Augmentation] = (),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        like: Any = None,
-        masks: Blobs | None = None,
-        mask_classes: Sequence[str] = (),
-    ):
+        self, blobs: Blobs, labels: Labels | None, where: str, *, image_size: int | None = None,
+        channels: int | None = None, bits: Literal[8, 16] | None = None, augment: Sequence[Augmentation] = (),
+        mean: Sequence[float] | None = None, std: Sequence[float] | None = None, like: Any = None,
+        masks: Blobs | None = None, mask_classes: Sequence[str] = (),
+    ):  # fmt: skip
         known = whole_of(like, Images, "a dataset of images", where)
         self.blobs = self._held = blobs
         self._labels, self.where, self._masks = labels, where, masks
@@ -188,22 +180,18 @@ class Images(LabelledData):
         count = self.schema["mask"].num_classes
         if classes.max(initial=0) >= count:
             raise BadSampleError(
-                "a mask holds a class that has no name",
-                where=f"{self._where(index)}, its mask",
-                got=f"class {classes.max()}",
-                expected=f"0 to {count - 1}, or 255 for no class",
+                "a mask holds a class that has no name", where=f"{self._where(index)}, its mask",
+                got=f"class {classes.max()}", expected=f"0 to {count - 1}, or 255 for no class",
                 fix="name all classes in mask_classes",
-            )
+            )  # fmt: skip
         return classes
 
     def _check_augmented(self, name: str, shape: Sequence[int], index: int) -> None:
         if tuple(shape) != self.size:
             raise DataError(
-                f"an augmentation changed the size of the {name}",
-                where=self.id_of(index),
-                got=f"(H, W) = {tuple(shape)}",
-                expected=f"(H, W) = {self.size}",
-            )
+                f"an augmentation changed the size of the {name}", where=self.id_of(index),
+                got=f"(H, W) = {tuple(shape)}", expected=f"(H, W) = {self.size}",
+            )  # fmt: skip
 
     def _first_size(self) -> tuple[int, int]:
         """Height and width of the first image that can be decoded."""
@@ -225,6 +213,12 @@ class Images(LabelledData):
         plain.threads = True
         return plain
 
+    def like_files(self, files: Blobs) -> Images:
+        return Images(files, None, "inputs", like=self)
+
+    def like_table(self, path: Path, form: Form) -> Images:
+        return ImageTable(path, image=self.input_column, label=None, form=form, like=self)
+
     def fingerprint(self) -> str:
         """xxh3 of the images' names, sizes or bytes, of the masks', and of the labels."""
         return self._digest("", self._masks)
@@ -242,14 +236,9 @@ class ImageFolder(FolderRows, Images):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        *,
-        label_pattern: str | None = None,
-        follow_links: bool = False,
-        masks: str | Path | None = None,
-        **options: Any,
-    ):
+        self, root: str | Path, *, label_pattern: str | None = None, follow_links: bool = False,
+        masks: str | Path | None = None, **options: Any,
+    ):  # fmt: skip
         self.root = Path(root)
         layout = Layout(IMAGE_SUFFIXES, "images", masks is None, label_pattern, follow_links)
         self.listing = list_folder(self.root, layout)
@@ -273,19 +262,10 @@ class ImageTable(FrameRows, Images):
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        image: str = "image",
-        label: str | None = "label",
-        mask: str | None = None,
-        id: str | None = None,
-        root: str | Path | None = None,
-        separator: str | None = None,
-        form: Form | None = None,
-        identity: str = "",
-        **options: Any,
-    ):
+        self, source: Source, *, image: str = "image", label: str | None = "label", mask: str | None = None,
+        id: str | None = None, root: str | Path | None = None, separator: str | None = None, form: Form | None = None,
+        identity: str = "", **options: Any,
+    ):  # fmt: skip
         where, folder = where_of(source), folder_of(source, root)
         frame = read_frame(source, form or Form())
         known = whole_of(options.get("like"), Images, "a dataset of images", where)
@@ -311,11 +291,9 @@ class IdxImages(Images):
         numbers = read_idx(path)
         if numbers.ndim != 3 or not numbers.size:
             raise DataError(
-                "this idx file holds no images",
-                where=path,
-                got=f"shape {numbers.shape}",
+                "this idx file holds no images", where=path, got=f"shape {numbers.shape}",
                 expected="(N, H, W), all above 0",
-            )
+            )  # fmt: skip
         beside = Path(labels) if labels is not None else _labels_beside(path)
         values = read_idx(beside) if beside is not None else None
         if values is not None and values.shape != numbers.shape[:1]:
@@ -428,10 +406,7 @@ def _per_channel(
         return known or (0.5,) * channels
     if len(given) not in (1, channels):
         raise DataError(
-            f"{name} does not fit the channels",
-            where=name,
-            got=f"{len(given)} numbers",
-            expected=f"1 or {channels} numbers",
-            fix=f"{name} = {[0.5] * channels}",
-        )
+            f"{name} does not fit the channels", where=name, got=f"{len(given)} numbers",
+            expected=f"1 or {channels} numbers", fix=f"{name} = {[0.5] * channels}",
+        )  # fmt: skip
     return tuple(float(number) for number in given) * (channels if len(given) == 1 else 1)

@@ -198,7 +198,7 @@ class Listing:
     def open(folder: Path) -> Listing | None:
         """A saved listing, mapped; None where there is none that can be used.
 
-        The 480 MB of 10 million files are checked while the work begins: ``is_damaged`` is known once ``checked`` is set.
+        The 480 MB of 10 million files are checked while the work begins; ``is_damaged`` counts once ``checked`` is set.
         """
         kinds = {"names": np.uint8, "labels": np.int32, "folders": np.uint8}
         try:
@@ -331,12 +331,10 @@ def _class_of(name: str, find: Any, root: Path, layout: Layout) -> str:
     label = name.partition("/")[0] if find is None else _part_of(find(name), "label")
     if label is None:
         raise DataError(
-            "the label pattern does not fit this name",
-            where=f"{root}: {name}",
-            got=f"pattern {layout.pattern!r}",
+            "the label pattern does not fit this name", where=f"{root}: {name}", got=f"pattern {layout.pattern!r}",
             expected="a regular expression that finds a group 'label' in every name",
             fix=r'label_pattern = "(?P<label>\\w+)_"',
-        )
+        )  # fmt: skip
     # a class is written into JSON and on the terminal: bytes that are no UTF-8 as escapes
     return os.fsencode(label).decode("utf-8", "backslashreplace")
 
@@ -400,12 +398,9 @@ def _is_within(real: str, real_root: str) -> bool:
 
 def _leads_out(root: Path, name: str, real: str) -> DataError:
     return DataError(
-        "a link leads out of the data folder",
-        where=f"{root}: {name}",
-        got=f"a link to {real}",
-        expected="links within the folder",
-        fix="follow_links = true if these files are meant",
-    )
+        "a link leads out of the data folder", where=f"{root}: {name}", got=f"a link to {real}",
+        expected="links within the folder", fix="follow_links = true if these files are meant",
+    )  # fmt: skip
 
 
 def _check_listing(listing: Listing, root: Path, layout: Layout) -> None:
@@ -434,9 +429,7 @@ def _check_listing(listing: Listing, root: Path, layout: Layout) -> None:
 
 def _are_splits(root: Path, folders: Sequence[str]) -> DataError:
     return DataError(
-        "these are splits, not classes",
-        where=root,
-        got=f"folders {', '.join(folders)}",
+        "these are splits, not classes", where=root, got=f"folders {', '.join(folders)}",
         expected="a folder for each class",
         fix=f'train = "{root.name}/{next((name for name in folders if name.startswith("train")), folders[0])}"',
-    )
+    )  # fmt: skip

@@ -13,14 +13,13 @@ from ..chance import ChanceKey
 from ..contracts import Batch, KeyedDataset
 from ..errors import BadSampleError, DataError
 from ..settings import check
-from .audio import AUDIO_SUFFIXES, AudioTable, Clips
 from .blobs import read_file
 from .dataset import whole
 from .frames import ARROW, JSON_LINES, PARQUET, TABLE_SUFFIXES, Form, column_names, is_table, read_frame
-from .images import IMAGE_SUFFIXES, Images, ImageTable
+from .labels import LabelledData
 from .sources import DataSettings
 from .tables import Table, encode_inputs
-from .text import TEXT_SUFFIXES, TextFiles, Texts, TextTable
+from .text import Texts
 
 _AS_IN_TRAINING = "a dataset as in training, in Python: run.predict(dataset)"
 
@@ -81,14 +80,14 @@ def input_batches(
 
 def _holds_rows(path: Path, held: Any, form: Form) -> bool:
     """Whether a path is a table: an image stays one where the recipe's table is a .csv under another ending."""
-    is_sample = path.suffix.lower() in _suffixes(held) and not isinstance(held, Table)
+    is_sample = path.suffix.lower() in getattr(held, "suffixes", ()) and not isinstance(held, Table)
     if is_sample and not (form.is_csv and isinstance(held, Texts)):  # a .txt may be either: it was said to be a table
         return False
     return is_table(path, form)
 
 
 def _expanded(paths: Sequence[Path], held: Any) -> Iterator[Path]:
-    suffixes = _suffixes(held)
+    suffixes = getattr(held, "suffixes", ())
     for path in paths:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if _is_wanted(file.relative_to(path), suffixes))
@@ -110,64 +109,29 @@ def _is_wanted(name: Path, suffixes: tuple[str, ...]) -> bool:
     return name.suffix.lower() in suffixes and not any(part.startswith(".") for part in name.parts)
 
 
-def _suffixes(held: Any) -> tuple[str, ...]:
-    """What a folder is searched for."""
-    kinds = {Images: IMAGE_SUFFIXES, Clips: AUDIO_SUFFIXES, Texts: TEXT_SUFFIXES, Table: TABLE_SUFFIXES}
-    return next((suffixes for kind, suffixes in kinds.items() if isinstance(held, kind)), ())
-
-
 def _file_batches(paths: list[Path], held: Any, batch_size: int) -> Iterator[InputBatch]:
     if not paths:
         return
-    files = NamedFiles(paths)
-    made: Any = None
-    if isinstance(held, Images):
-        made = Images(files, None, "inputs", like=held)
-    elif isinstance(held, Clips):
-        made = Clips(files, None, "inputs", like=held)
-    elif isinstance(held, Texts):
-        made = Texts(TextFiles(files, "inputs"), None, "inputs", like=held)
-    if made is None:
+    if not isinstance(held, LabelledData):
         raise DataError(
-            "this model does not take files",
-            where=paths[0],
-            got=f"a file that ends in {paths[0].suffix!r}",
+            "this model does not take files", where=paths[0], got=f"a file that ends in {paths[0].suffix!r}",
             expected=f"a table: {', '.join(TABLE_SUFFIXES)}" if isinstance(held, Table) else _AS_IN_TRAINING,
-        )
-    yield from _read(made, batch_size)
+        )  # fmt: skip
+    yield from _read(held.like_files(NamedFiles(paths)), batch_size)
 
 
 def _table_batches(path: Path, held: Any, settings: DataSettings, batch_size: int) -> Iterator[InputBatch]:
     form = _form_of(path, settings.form)
-    named, shared = column_names(path, form), {"form": form, "like": held}
-    column = _column_of(held, settings)
-    made: Any = None
     if isinstance(held, Table):
         yield from _encoded(path, held, form, batch_size)
         return
-    if isinstance(held, Images):
-        made = ImageTable(path, image=column, label=None, **shared) if column in named else None
-    elif isinstance(held, Clips):
-        made = AudioTable(path, audio=column, label=None, **shared) if column in named else None
-    elif isinstance(held, Texts):
-        made = TextTable(path, text=column, target=None, **shared) if column in named else None
-    if made is None:
+    named, column = column_names(path, form), getattr(held, "input_column", "")
+    if column not in named:
         raise DataError(
-            "this model does not take this table",
-            where=path,
-            got=f"columns {', '.join(named[:20])}",
-            expected=f"a column {column!r}, as in training" if _suffixes(held) else _AS_IN_TRAINING,
-        )
-    yield from _read(made, batch_size, str(path))
-
-
-def _column_of(held: Any, settings: DataSettings) -> str:
-    """The column that the training data had; for those of folders the one that the recipe names."""
-    if isinstance(held, Images):
-        said = settings.image
-    else:
-        said = (settings.audio or "audio") if isinstance(held, Clips) else (settings.text or "text")
-    return str(getattr(held, "input_column", said))
+            "this model does not take this table", where=path, got=f"columns {', '.join(named[:20])}",
+            expected=f"a column {column!r}, as in training" if column else _AS_IN_TRAINING,
+        )  # fmt: skip
+    yield from _read(held.like_table(path, form), batch_size, str(path))
 
 
 def _form_of(path: Path, form: Form) -> Form:

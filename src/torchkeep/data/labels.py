@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..chance import ChanceKey
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
 from ..errors import DataError, nearest
 from .dataset import Indices, KeyedData
-from .frames import Frame, as_floats, as_texts, is_category, is_text, number_words, require_column
+from .frames import Form, Frame, as_floats, as_texts, is_category, is_text, number_words, require_column
 from .index import bytes_of_array
 
 
@@ -77,6 +78,8 @@ class Labels:
 class LabelledData(KeyedData):
     """The base of images, recordings and texts: encoded samples, of which each may have a label."""
 
+    suffixes: tuple[str, ...] = ()  # of files that hold one sample
+    input_column: str  # where the input stands in a table
     _held: Any  # says how many there are, what each is called, and what all of them are
     _labels: Labels | None
 
@@ -85,6 +88,14 @@ class LabelledData(KeyedData):
 
     def id_of(self, index: int) -> str:
         return str(self._held.id_of(index))
+
+    def like_files(self, files: Any) -> Any:
+        """Other files of this kind, without labels."""
+        raise AssertionError("a dataset says how its like is made")
+
+    def like_table(self, path: Path, form: Form) -> Any:
+        """The rows of a table, without labels, with their inputs in the column where those of training stood."""
+        raise AssertionError("a dataset says how its like is made")
 
     def _where(self, index: int, key: ChanceKey | None = None) -> str:
         epoch = f", epoch {key.epoch + 1}" if key is not None else ""
@@ -150,7 +161,7 @@ def labels_of_column(
     column, place = require_column(frame, name, where, "data.label"), f"{where}: column {name!r}"
     if separator is not None and is_text(column.type):
         column = pc.fill_null(column, "")  # an empty cell: none of the classes
-    _check_filled(column, place)
+    check_filled(column, place)
     names = hub_names(frame, name)
     kind = like.kind if like is not None else _kind_of(column.type, separator)
     if kind == "multilabel":
@@ -178,11 +189,9 @@ def _is_list(kind: Any) -> bool:
 def _check_kind(kind: str, like: Field, where: str) -> None:
     if like.kind != kind:
         raise DataError(
-            "these labels are of another kind than those of the training data",
-            where=where,
-            got=f"kind {kind!r}",
+            "these labels are of another kind than those of the training data", where=where, got=f"kind {kind!r}",
             expected=f"kind {like.kind!r}",
-        )
+        )  # fmt: skip
 
 
 def _check_words(kind: Any, place: str, expected: str, like: Field | None) -> None:
@@ -212,17 +221,16 @@ def check_classes(found: Sequence[str], classes: Sequence[str], where: str) -> N
         )
 
 
-def _check_filled(column: Any, place: str) -> None:
+def check_filled(column: Any, place: str, what: str = "label", rows: Indices | None = None) -> None:
+    """Raises:  DataError where a cell is empty; ``rows`` says which row of the file each is"""
     missing = pc.is_null(column, nan_is_null=True) if pa.types.is_floating(column.type) else pc.is_null(column)
     row = pc.index(missing, True).as_py()
     if row >= 0:
         raise DataError(
-            "a label is missing",
-            where=f"{place}, row {row} (counted from 0)",
-            got=f"{pc.sum(missing).as_py():,} empty cells",
-            expected="a label in each row",
+            f"a {what} is missing", where=f"{place}, row {row if rows is None else rows[row]} (counted from 0)",
+            got=f"{pc.sum(missing).as_py():,} of {len(column):,} cells are empty", expected=f"a {what} in each row",
             fix="remove these rows",
-        )
+        )  # fmt: skip
 
 
 def _named(column: Any, names: list[str], place: str) -> Any:
@@ -250,7 +258,7 @@ def _several(column: Any, names: list[str], place: str, like: Field | None, sepa
     rows = np.repeat(np.arange(len(column)), pc.list_value_length(column).to_numpy())
     held = pc.list_flatten(column)
     _check_words(held.type, place, "lists of texts or whole numbers", like)
-    _check_filled(held, f"{place}, lists")
+    check_filled(held, f"{place}, lists")
     cells = pc.utf8_trim_whitespace(_named(held, names, place))
     is_named = pc.not_equal(cells, "")  # nothing stands between "a||b"
     cells, rows = pc.filter(cells, is_named), rows[is_named.to_numpy(zero_copy_only=False)]
@@ -271,12 +279,10 @@ def _as_lists(column: Any, place: str, separator: str | None) -> Any:
         return column
     if separator is None or not (is_category(column.type) or pa.types.is_integer(column.type)):
         raise DataError(
-            "this column holds no lists of labels",
-            where=place,
-            got=f"type {column.type}",
+            "this column holds no lists of labels", where=place, got=f"type {column.type}",
             expected="lists, or texts with a separator",
             fix="" if separator else 'separator = "|" if that stands between them',
-        )
+        )  # fmt: skip
     return pc.split_pattern(as_texts(column), separator)
 
 

@@ -68,24 +68,12 @@ class Loader:
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        sampler: Any = None,
+        self, dataset: Any, batch_size: int, *, shuffle: bool = False, sampler: Any = None,
         weights: Sequence[float] | Tensor | Literal["balanced"] | None = None,
-        buckets: bool | Literal["auto"] = "auto",
-        collate: Collate | None = None,
-        seed: int = 0,
-        workers: int | Literal["auto"] = "auto",
-        backend: Backend = "auto",
-        cache: Literal["off"] = "off",
-        last: Last = "keep",
-        on_bad: Literal["raise"] = "raise",
-        rank: int = 0,
-        world_size: int = 1,
-    ):
+        buckets: bool | Literal["auto"] = "auto", collate: Collate | None = None, seed: int = 0,
+        workers: int | Literal["auto"] = "auto", backend: Backend = "auto", cache: Literal["off"] = "off",
+        last: Last = "keep", on_bad: Literal["raise"] = "raise", rank: int = 0, world_size: int = 1,
+    ):  # fmt: skip
         _check("batch_size", batch_size, batch_size > 0, "a whole number above 0")
         _check("cache", cache, cache == "off", '"off"')
         _check("on_bad", on_bad, on_bad == "raise", '"raise"')
@@ -151,20 +139,15 @@ class Loader:
         """
         if any(iteration.gi_frame is not None for iteration in self._iterations):
             raise CheckpointError(
-                "a loader's state is loaded before its iteration begins",
-                where="Loader.load_state_dict",
-                got="an epoch under way",
-                fix="load the state first, then write: for batch in loader",
-            )
+                "a loader's state is loaded before its iteration begins", where="Loader.load_state_dict",
+                got="an epoch under way", fix="load the state first, then write: for batch in loader",
+            )  # fmt: skip
         for name, now in [("global_batch", self.batch_size * self.world_size), ("num_samples", self.num_samples)]:
             if state[name] != now:
                 raise CheckpointError(
-                    "this loader's batches are not those of the saved state",
-                    where=f"Loader, {name}",
-                    got=now,
-                    expected=state[name],
-                    fix="resume with the same data and batch_size times number of ranks",
-                )
+                    "this loader's batches are not those of the saved state", where=f"Loader, {name}", got=now,
+                    expected=state[name], fix="resume with the same data and batch_size times number of ranks",
+                )  # fmt: skip
         self._epoch, self._delivered, self._is_begun = state["epoch"], state["delivered"], False
 
     def rewind(self) -> None:
@@ -247,11 +230,9 @@ class Loader:
         except BrokenProcessPool as error:
             self._executor = None  # a later iteration starts new ones
             raise DataError(
-                "a loader process died",
-                where="Loader(backend='processes')",
-                got=error,
+                "a loader process died", where="Loader(backend='processes')", got=error,
                 fix="workers = 0 shows the sample's own error",
-            ) from error
+            ) from error  # fmt: skip
         if self.plan.backend == "processes":
             result = {name: _as_tensor(value) for name, value in result.items()}
         elif self.collate is not None:  # not in the thread: it may draw from generators that the trainer uses meanwhile
@@ -367,11 +348,9 @@ def _collated(dataset: KeyedDataset, samples: list[Any], indices: Indices, key: 
     if isinstance(made, Tensor):
         return {"input": made}
     raise DataError(
-        "collate gave something that is no batch",
-        where=getattr(collate, "__qualname__", repr(collate)),
-        got=type(made).__name__,
-        expected="a dict of tensors, or a tuple with a name for each part",
-    )
+        "collate gave something that is no batch", where=getattr(collate, "__qualname__", repr(collate)),
+        got=type(made).__name__, expected="a dict of tensors, or a tuple with a name for each part",
+    )  # fmt: skip
 
 
 def _with_valid(batch: Batch, valid: Tensor | None) -> Batch:

@@ -53,13 +53,9 @@ def num_frames(num_samples: int, sample_rate: int, hop_s: float = 0.010) -> int:
 
 
 def log_mel(
-    waves: F32,
-    sample_rate: int,
-    num_mels: int = 40,
-    window_s: float = 0.025,
-    hop_s: float = 0.010,
+    waves: F32, sample_rate: int, num_mels: int = 40, window_s: float = 0.025, hop_s: float = 0.010,
     low_hz: float = 20.0,
-) -> F32:
+) -> F32:  # fmt: skip
     """The natural logarithm of the power in each mel band, from ``low_hz`` to half the sample rate.
 
     Frame t is a periodic Hann window about sample ``t * hop``. The wave is 0 before its start and after its end, so

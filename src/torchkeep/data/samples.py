@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import xxhash
 from torch import Tensor
 
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
-from ..errors import DataError
+from ..errors import DataError, SettingsError
 
 TARGETS = ("label", "target", "labels", "targets", "y")
 
@@ -27,12 +28,9 @@ def named_sample(sample: Any, names: Sequence[str] | None, where: str) -> Sample
     names = names or (("input",), ("input", "target"))[min(len(parts), 2) - 1]
     if len(names) != len(parts):
         raise DataError(
-            "the parts of this dataset's samples need names",
-            where=where,
-            got=f"{len(parts)} parts, names {names}",
-            expected="one name for each part",
-            fix='tk.Foreign(dataset, names=("left", "right", "target"))',
-        )
+            "the parts of this dataset's samples need names", where=where, got=f"{len(parts)} parts, names {names}",
+            expected="one name for each part", fix='tk.Foreign(dataset, names=("left", "right", "target"))',
+        )  # fmt: skip
     return dict(zip(names, parts, strict=True))
 
 
@@ -74,12 +72,10 @@ def _stack_values(name: str, values: list[Any]) -> Any:
         shapes = {tuple(value.shape) for value in values}
         if len(shapes) > 1:
             raise DataError(
-                "these samples have different shapes and cannot be stacked",
-                where=f"key {name!r}",
-                got=" and ".join(str(shape) for shape in sorted(shapes)[:3]),
-                expected="one shape in a batch",
+                "these samples have different shapes and cannot be stacked", where=f"key {name!r}",
+                got=" and ".join(str(shape) for shape in sorted(shapes)[:3]), expected="one shape in a batch",
                 fix="collate= takes a function that makes a batch of a list of samples",
-            )
+            )  # fmt: skip
         return torch.stack(values)
     if isinstance(first, bool | int):
         return torch.tensor(values)
@@ -158,3 +154,16 @@ def absorb(digest: Any, value: Any) -> None:
         digest.update(value.tobytes())
     else:
         digest.update(type(value).__qualname__.encode())
+
+
+def package_of(name: str, extra: str, where: str = "") -> Any:
+    """A package that only some kinds of data need.
+
+    Raises:  SettingsError naming the extra that brings it
+    """
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:  # soundfile brings a library of the system's, and says OSError
+        raise SettingsError(
+            f"this needs the package {name}", where=where or name, got=error, fix=f'pip install "torchkeep[{extra}]"'
+        ) from error

@@ -92,19 +92,15 @@ class SoundAugmentations:
         for entry in self.entries:
             if not callable(entry) and entry not in NAMES:
                 raise SettingsError(
-                    "unknown augmentation of recordings",
-                    where="augment",
-                    got=repr(entry),
+                    "unknown augmentation of recordings", where="augment", got=repr(entry),
                     expected=f"one of {', '.join(NAMES)}, or in Python a callable (sample, rng)",
                     fix=nearest(str(entry), list(NAMES)),
-                )
+                )  # fmt: skip
         if _MASK in self.entries and not self.has_mels:
             raise SettingsError(
-                "spec_mask masks log-mels",
-                where="augment",
-                got='features = "waveform"',
+                "spec_mask masks log-mels", where="augment", got='features = "waveform"',
                 expected='features = "log_mel"',
-            )
+            )  # fmt: skip
 
     @property
     def has_callable(self) -> bool:

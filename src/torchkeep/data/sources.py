@@ -215,15 +215,9 @@ def open_data(settings: DataSettings, base: Path, seed: int, load: LoadFunction 
 
 
 def open_source(
-    settings: DataSettings,
-    source: str,
-    base: Path,
-    *,
-    like: KeyedDataset | None = None,
-    train: bool,
-    load: LoadFunction | None = None,
-    split_name: SplitName | None = None,
-) -> KeyedDataset:
+    settings: DataSettings, source: str, base: Path, *, like: KeyedDataset | None = None, train: bool,
+    load: LoadFunction | None = None, split_name: SplitName | None = None,
+) -> KeyedDataset:  # fmt: skip
     """One dataset by its name; only ``train`` is augmented, and ``like`` is the training data of the others.
 
     Raises:  DataError for a name that means nothing here, or a path that does not exist
@@ -367,11 +361,9 @@ def _open_code(source: str, base: Path, load: LoadFunction | None, split_name: S
     reference = read_reference(source, base)
     if load is None:
         raise DataError(
-            "this source names code that may not run here",
-            where=source,
-            got=f"code in {reference.path}",
+            "this source names code that may not run here", where=source, got=f"code in {reference.path}",
             expected="a folder or a table",
-        )
+        )  # fmt: skip
     function = load(reference)
     try:
         offered = {"split": split_name, "like": like}
@@ -434,31 +426,25 @@ def _some(names: Sequence[str]) -> str:
 def _missing(path: Path, source: str) -> DataError:
     near = nearest(path.name, [found.name for found in path.parent.iterdir()]) if path.parent.is_dir() else ""
     return DataError(
-        "the data are missing",
-        where=source,
-        got=f"no file or folder {path}",
+        "the data are missing", where=source, got=f"no file or folder {path}",
         expected="a path relative to the recipe's folder",
         fix=near or "mend the path in the recipe, or give it with --set",
-    )
+    )  # fmt: skip
 
 
 def _unknown_source(source: str, got: str) -> DataError:
     return DataError(
-        "this is no source of data",
-        where=source,
-        got=got,
+        "this is no source of data", where=source, got=got,
         expected=f"a folder, a table ({', '.join(TABLE_SUFFIXES)}), .npz, idx, hf:NAME, or file.py:function",
         fix='format = "csv" if it is a table',
-    )
+    )  # fmt: skip
 
 
 def _no_target(path: Path, settings: DataSettings) -> DataError:
     names = column_names(path, settings.form)
     near = nearest(settings.image, names)
     return DataError(
-        "the target of this table is not named",
-        where=path,
-        got=f"columns {', '.join(names)}",
+        "the target of this table is not named", where=path, got=f"columns {', '.join(names)}",
         expected="data.target for a table of numbers, or data.image, data.text, data.audio for their column",
         fix=f'target = "{names[-1]}" if that is what is to be predicted' + (f"; data.image: {near}" if near else ""),
-    )
+    )  # fmt: skip

@@ -58,11 +58,9 @@ def _indices_by(
         return split_time(whole_column(dataset, column)[rest], fraction)
     if rule not in ("label", "random") or column:
         raise SettingsError(
-            "there is no such rule for a split",
-            where="data.split_by",
-            got=repr(by),
+            "there is no such rule for a split", where="data.split_by", got=repr(by),
             expected='"label", "random", "group:COLUMN" or "time:COLUMN"',
-        )
+        )  # fmt: skip
     labels = getattr(dataset, "labels", None) if rule == "label" else None
     return split_indices(len(rest), None if labels is None else labels[rest], fraction, seed, operation)
 
@@ -121,10 +119,8 @@ def _as_times(texts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _both(is_valid: np.ndarray[Any, Any], fraction: float, of: str = "") -> tuple[Indices, Indices]:
     if not is_valid.any() or is_valid.all():
         raise DataError(
-            "a split leaves one part empty",
-            where=f"valid_fraction = {fraction}",
-            got=of or f"{len(is_valid)} samples",
-            expected="at least one sample in each part",
+            "a split leaves one part empty", where=f"valid_fraction = {fraction}",
+            got=of or f"{len(is_valid)} samples", expected="at least one sample in each part",
             fix="another valid_fraction, or name the validation data with valid = …",
-        )
+        )  # fmt: skip
     return np.flatnonzero(~is_valid), np.flatnonzero(is_valid)

@@ -53,12 +53,10 @@ class Stream(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         raise DataError(
-            "a stream has no sample by number",
-            where=self.where,
-            got=f"sample {index}",
+            "a stream has no sample by number", where=self.where, got=f"sample {index}",
             expected="samples one after another",
             fix="next(iter(stream.samples(ChanceKey()))), or a map-style dataset",
-        )
+        )  # fmt: skip
 
     def read(self, index: int, key: ChanceKey) -> Any:
         return self[index]
@@ -78,12 +76,9 @@ class Stream(Dataset[Any]):
             yield sample
         if count < self._length:
             raise DataError(
-                "the stream ended before its epoch",
-                where=self.where,
-                got=f"{count:,} samples",
-                expected=f"{self._length:,}",
-                fix=f"length={count}: an epoch is so many samples",
-            )
+                "the stream ended before its epoch", where=self.where, got=f"{count:,} samples",
+                expected=f"{self._length:,}", fix=f"length={count}: an epoch is so many samples",
+            )  # fmt: skip
 
     def _named(self, key: ChanceKey) -> Iterator[Sample]:
         for place, sample in enumerate(self._raw(key)):
@@ -152,12 +147,9 @@ def _check_repeats(dataset: Any, where: str) -> None:
     # a class may begin anew in its __iter__, and be its own iterator; Python's own iterators never do
     if isinstance(dataset, Iterator) and type(dataset).__module__ in ("builtins", "itertools"):
         raise DataError(
-            "this can be read only once, and each epoch reads it anew",
-            where=where,
-            got=f"an iterator, {where}",
-            expected="a dataset whose __iter__ begins anew",
-            fix="a class with __iter__, or a list of the samples",
-        )
+            "this can be read only once, and each epoch reads it anew", where=where, got=f"an iterator, {where}",
+            expected="a dataset whose __iter__ begins anew", fix="a class with __iter__, or a list of the samples",
+        )  # fmt: skip
 
 
 def _length_of(dataset: Any, where: str) -> int:
@@ -165,9 +157,7 @@ def _length_of(dataset: Any, where: str) -> int:
         return len(dataset)
     except (TypeError, NotImplementedError):
         raise DataError(
-            "how many samples an epoch of this stream has is not known",
-            where=where,
-            got="an iterable without a length",
-            expected="a number of samples",
+            "how many samples an epoch of this stream has is not known", where=where,
+            got="an iterable without a length", expected="a number of samples",
             fix="tk.Stream(dataset, length=10_000), or data.length in a recipe",
-        ) from None
+        ) from None  # fmt: skip

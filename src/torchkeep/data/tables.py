@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,12 +17,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..chance import ChanceKey
-from ..contracts import Batch, Field, Json, Sample, Schema
+from ..contracts import Field, Json, Schema
 from ..errors import DataError, nearest
-from .arrays import bytes_of
-from .dataset import Indices, KeyedData, whole
+from .arrays import Columns
+from .dataset import Indices, whole
 from .frames import (
+    TABLE_SUFFIXES,
     Form,
     Frame,
     Source,
@@ -39,6 +39,7 @@ from .frames import (
     require_column,
     where_of,
 )
+from .labels import check_filled
 
 Task = Literal["auto", "classification", "regression"]
 
@@ -108,21 +109,7 @@ class TableEncoding:
         return TableEncoding(**{**read, "features": features, "vocabularies": vocabularies})
 
 
-@dataclass(frozen=True)
-class TableOptions:
-    """How the columns are meant: left out, categories although they are numbers, names of the samples."""
-
-    drop: tuple[str, ...] = ()
-    categories: tuple[str, ...] = ()
-    id: str | None = None
-    form: Form = field(default_factory=Form)
-
-    @property
-    def without(self) -> set[str]:
-        return {*self.drop, *([self.id] if self.id else [])}
-
-
-class Table(KeyedData):
+class Table(Columns):
     """Rows of a table's file, or of a pyarrow.Table: numbers standardised, categories numbered, dates as numbers.
 
     A missing number becomes the mean, which is 0, and a number beside it says so where training rows lack some; a
@@ -135,22 +122,17 @@ class Table(KeyedData):
     Raises:  DataError for a column that is missing or cannot be used, a row without a target, an unknown class
     """
 
+    suffixes = TABLE_SUFFIXES
+
     def __init__(
-        self,
-        source: Source,
-        target: str,
-        *,
-        task: Task = "auto",
-        like: Table | TableEncoding | Any = None,
-        rows: Sequence[int] | Indices | None = None,
-        drop: Sequence[str] = (),
-        categories: Sequence[str] = (),
-        id: str | None = None,
-        form: Form | None = None,
-    ):
+        self, source: Source, target: str, *, task: Task = "auto", like: Table | TableEncoding | Any = None,
+        rows: Sequence[int] | Indices | None = None, drop: Sequence[str] = (), categories: Sequence[str] = (),
+        id: str | None = None, form: Form | None = None,
+    ):  # fmt: skip
         self.where = where_of(source)
-        self._options = TableOptions(tuple(drop), tuple(categories), id, form or Form())
-        self._frame = frame = read_frame(source, self._options.form)
+        self._unused = {*drop, *([id] if id else [])}
+        self._forced, self._id = set(categories), id
+        self._frame = frame = read_frame(source, form or Form())
         self.rows = np.arange(frame.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
         known = _encoding_of(like, self.where)
         for setting, names in (("drop", drop), ("categories", categories)) if known is None else ():
@@ -160,35 +142,18 @@ class Table(KeyedData):
             check_ids(require_column(frame, id, self.where, "id"), id, self.where)
         require_column(frame, target, self.where, "target")
         chosen = frame if rows is None else frame.take(pa.array(self.rows))
-        _check_target(chosen[target], target, self.rows, self.where)
-        self.encoding = known or _learn(chosen, target, task, self._options, self.where)
+        check_filled(chosen[target], f"{self.where}: column {target!r}", "target", self.rows)
+        self.encoding = known or _learn(chosen, target, task, self._unused, self._forced, self.where)
         self.columns = _encode(chosen, target, self.encoding, self.rows, self.where)
         self.schema = _schema_of(self.encoding)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int, key: ChanceKey) -> Sample:
-        """One row. Nothing here is random."""
-        return {name: int(column[index]) if name == "label" else column[index] for name, column in self.columns.items()}
-
-    def read_batch(self, indices: Indices, key: ChanceKey) -> Batch:
-        """Shapes: indices (B,) int64 → "numbers" (B, F), "categories" (B, G), "label" or "target" (B,)."""
-        positions = torch.from_numpy(indices)
-        return {name: torch.index_select(column, 0, positions) for name, column in self.columns.items()}
-
     def fingerprint(self) -> str:
         """xxh3 of the encoded columns and of what encodes them."""
-        digest = xxhash.xxh3_128(repr(self.encoding).encode())
-        for name, column in self.columns.items():
-            digest.update(f"{name}|{tuple(column.shape)}|".encode())
-            digest.update(bytes_of(column))
-        return str(digest.hexdigest())
+        return xxhash.xxh3_128_hexdigest(f"{self.encoding!r}|{super().fingerprint()}".encode())
 
     def id_of(self, index: int) -> str:
         """The row's id, or its place in the file, counted from 0."""
-        name = self._options.id
-        return str(self._frame[name][int(self.rows[index])]) if name else f"row {self.rows[index]}"
+        return str(self._frame[self._id][int(self.rows[index])]) if self._id else f"row {self.rows[index]}"
 
     def column(self, name: str) -> np.ndarray[Any, Any]:
         """The stored values of any column of the source, (N,): what splits by group or time go by."""
@@ -199,7 +164,7 @@ class Table(KeyedData):
         """The same rows; statistics, numbering and classes are those of these samples alone."""
         chosen = self._frame.take(pa.array(self.rows[indices]))
         made = copy.copy(self)
-        made.encoding = _learn(chosen, self.encoding.target, self.encoding.task, self._options, self.where)
+        made.encoding = _learn(chosen, self.encoding.target, self.encoding.task, self._unused, self._forced, self.where)
         made.columns = _encode(
             self._frame.take(pa.array(self.rows)), self.encoding.target, made.encoding, self.rows, self.where
         )
@@ -211,11 +176,6 @@ class Table(KeyedData):
         """For each of the G categories how many numbers are in use, 0 for missing or unseen included."""
         return self.encoding.cardinalities
 
-    @property
-    def labels(self) -> Indices | None:
-        """Class of each sample, (N,) int64; None for a regression."""
-        return self.columns["label"].numpy() if "label" in self.columns else None
-
 
 def _encoding_of(like: Any, where: str) -> TableEncoding | None:
     if like is None or isinstance(like, TableEncoding):
@@ -224,41 +184,22 @@ def _encoding_of(like: Any, where: str) -> TableEncoding | None:
     encoding = getattr(found, "encoding", None)
     if not isinstance(encoding, TableEncoding):
         raise DataError(
-            "this is a table, and the training data are none",
-            where=where,
-            got="a table",
+            "this is a table, and the training data are none", where=where, got="a table",
             expected=f"data as in training, a {type(found).__name__}",
-        )
+        )  # fmt: skip
     return encoding
 
 
-def _check_target(column: Any, target: str, rows: Indices, where: str) -> None:
-    missing = pc.is_null(column, nan_is_null=True) if pa.types.is_floating(column.type) else pc.is_null(column)
-    first = pc.index(missing, True).as_py()
-    if first >= 0:
-        raise DataError(
-            "a target is missing",
-            where=f"{where}: column {target!r}, row {rows[first]} (counted from 0)",
-            got=f"{pc.sum(missing).as_py():,} of {len(column):,} rows without a target",
-            expected="a target in each row",
-            fix="remove these rows",
-        )
-
-
-def _learn(frame: Frame, target: str, task: Task, options: TableOptions, where: str) -> TableEncoding:
+def _learn(frame: Frame, target: str, task: Task, unused: set[str], forced: set[str], where: str) -> TableEncoding:
     """Statistics, vocabularies and classes of these rows."""
-    columns = [name for name in frame.column_names if name != target and name not in options.without]
-    forced = set(options.categories)
+    columns = [name for name in frame.column_names if name != target and name not in unused]
     for name in columns:
         kind = frame[name].type
         if not (is_number(kind) or is_category(kind) or is_date(kind)):
             raise DataError(
-                "a column cannot be used",
-                where=f"{where}: column {name!r}",
-                got=f"type {kind}",
-                expected="numbers, texts, bools or dates",
-                fix=f'drop = ["{name}"]',
-            )
+                "a column cannot be used", where=f"{where}: column {name!r}", got=f"type {kind}",
+                expected="numbers, texts, bools or dates", fix=f'drop = ["{name}"]',
+            )  # fmt: skip
         if name not in forced:
             check_one_kind(frame[name], name, where)
     if task == "auto":

@@ -19,7 +19,7 @@ from .blobs import FolderRows, FrameRows, ListedFiles, SizedBlobs
 from .dataset import Indices, KeyedData, target_of, whole, whole_of
 from .frames import Form, Source, is_text, read_frame, require_column, where_of
 from .index import Layout, list_folder
-from .labels import LabelledData, Labels, labels_of_classes, labels_of_column
+from .labels import LabelledData, Labels, check_filled, labels_of_classes, labels_of_column
 from .samples import padded
 from .tokens import HubTokenizer, Tokenizer, WordTokenizer, make_tokenizer
 
@@ -59,15 +59,7 @@ class TextCells:
         if not is_text(self._column.type):
             got = f"type {self._column.type}"
             raise DataError("this column holds no texts", where=f"{where}: column {name!r}", got=got, expected="texts")
-        row = pc.index(pc.is_null(self._column), True).as_py() if self._column.null_count else -1
-        if row >= 0:
-            raise DataError(
-                "a text is missing",
-                where=f"{where}: column {name!r}, row {row} (counted from 0)",
-                got=f"{self._column.null_count:,} cells without a text",
-                expected="a text in each row; an empty one is a text too",
-                fix="remove these rows",
-            )
+        check_filled(self._column, f"{where}: column {name!r}", "text")
 
     def __len__(self) -> int:
         return len(self._column)
@@ -173,21 +165,16 @@ class Texts(LabelledData):
     """
 
     threads = True  # a Hugging Face tokenizer works outside the GIL
+    suffixes = TEXT_SUFFIXES
+    input_column = "text"
     max_length: int
     tokenizer: Tokenizer
     learns: bool  # whether the vocabulary is that of these texts
 
     def __init__(
-        self,
-        source: TextSource,
-        labels: Labels | None,
-        where: str,
-        *,
-        tokenizer: str | Tokenizer | None = None,
-        max_length: int | None = None,
-        base: Path | None = None,
-        like: Any = None,
-    ):
+        self, source: TextSource, labels: Labels | None, where: str, *, tokenizer: str | Tokenizer | None = None,
+        max_length: int | None = None, base: Path | None = None, like: Any = None,
+    ):  # fmt: skip
         known = _known_texts(like, where)
         self.source = self._held = source
         self._labels, self.where = labels, where
@@ -244,6 +231,12 @@ class Texts(LabelledData):
         lengths = torch.tensor([len(row) for row in tokens])
         return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
+    def like_files(self, files: SizedBlobs) -> Texts:
+        return Texts(TextFiles(files, "inputs"), None, "inputs", like=self)
+
+    def like_table(self, path: Path, form: Form) -> Texts:
+        return TextTable(path, text=self.input_column, target=None, form=form, like=self)
+
     def fingerprint(self) -> str:
         """xxh3 of the texts, the tokenizer, the longest length and the labels."""
         return self._digest(f"{self.tokenizer.fingerprint()}|{self.max_length}")
@@ -276,17 +269,9 @@ class TextTable(FrameRows, Texts):
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        text: str = "text",
-        target: str | None = "label",
-        id: str | None = None,
-        separator: str | None = None,
-        form: Form | None = None,
-        identity: str = "",
-        **options: Any,
-    ):
+        self, source: Source, *, text: str = "text", target: str | None = "label", id: str | None = None,
+        separator: str | None = None, form: Form | None = None, identity: str = "", **options: Any,
+    ):  # fmt: skip
         where = where_of(source)
         form = form or Form()
         frame = read_frame(source, Form(form.is_csv, form.columns, (text,)))
@@ -306,14 +291,9 @@ class TextFolder(FolderRows, Texts):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        *,
-        label_pattern: str | None = None,
-        follow_links: bool = False,
-        has_classes: bool = True,
-        **options: Any,
-    ):
+        self, root: str | Path, *, label_pattern: str | None = None, follow_links: bool = False,
+        has_classes: bool = True, **options: Any,
+    ):  # fmt: skip
         listing = list_folder(Path(root), Layout(TEXT_SUFFIXES, "texts", has_classes, label_pattern, follow_links))
         self.listing = listing
         labels, where = None, str(root)
@@ -351,12 +331,9 @@ class TextBlocks(KeyedData):
             self._stream = np.concatenate(list(self._parts()))
             if len(self) == 0:
                 raise DataError(
-                    "these texts do not fill one block",
-                    where=self.where,
-                    got=f"{len(self._stream):,} tokens",
-                    expected=f"more than {self.block_size:,}",
-                    fix="a smaller block_size",
-                )
+                    "these texts do not fill one block", where=self.where, got=f"{len(self._stream):,} tokens",
+                    expected=f"more than {self.block_size:,}", fix="a smaller block_size",
+                )  # fmt: skip
         return self._stream
 
     def _parts(self) -> Iterator[np.ndarray[Any, Any]]:

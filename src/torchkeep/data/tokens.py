@@ -5,7 +5,6 @@ An attention mask says which tokens count, so the number that pads is of no acco
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import unicodedata
@@ -21,6 +20,7 @@ import xxhash
 
 from ..contracts import Json
 from ..errors import DataError, SettingsError, nearest
+from .samples import package_of
 
 WORD = r"\w+(?:['\u2019]\w+)*|[^\w\s\ud800-\udfff]"
 """What a word is: letters, digits and _, joined by inner apostrophes; any other sign, but for space, stands alone."""
@@ -212,12 +212,10 @@ def make_tokenizer(name: str, base: Path | None = None, texts: Iterable[str] | N
     if path.is_file():
         return HubTokenizer.from_file(path, name)
     raise SettingsError(
-        "there is no such tokenizer",
-        where=f"tokenizer {name!r}",
-        got=f"no file or folder {path}",
+        "there is no such tokenizer", where=f"tokenizer {name!r}", got=f"no file or folder {path}",
         expected='"bytes", "words", "hf:NAME", or the path of a tokenizer.json or of its folder',
         fix=nearest(name, ["bytes", "words"]),
-    )
+    )  # fmt: skip
 
 
 def tokenizer_from_json(data: Json) -> Tokenizer:
@@ -252,8 +250,4 @@ def _read_text(text: str, name: str) -> Any:
 
 def _package(package: str, where: str) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        what = f"this tokenizer needs the package {package}"
-        raise SettingsError(what, where=where, got=error, fix='pip install "torchkeep[hf]"') from error
+    return package_of(package, "hf", where)

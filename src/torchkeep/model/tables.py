@@ -41,15 +41,9 @@ class Mlp(nn.Module):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        num_outputs: int,
-        hidden: Sequence[int] = (128, 128),
-        dropout: float = 0.0,
-        cardinalities: Sequence[int] = (),
-        waves: int = 0,
-        sigma: float = 0.5,
-    ):
+        self, in_features: int, num_outputs: int, hidden: Sequence[int] = (128, 128), dropout: float = 0.0,
+        cardinalities: Sequence[int] = (), waves: int = 0, sigma: float = 0.5,
+    ):  # fmt: skip
         super().__init__()
         # min(50, (n + 1) // 2): the width that fastai's tabular models use for n values
         self.embeddings = nn.ModuleList(nn.Embedding(n, min(50, (n + 1) // 2)) for n in cardinalities)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ..data.contents import Rows
-from ..data.drift import Problem
-from ..data.frames import Form, is_table, read_frame
+from ..data.contents import Progress, Rows
+from ..data.frames import is_table, read_frame
 from ..data.sheet import contact_sheet
 from ..data.sources import DataSettings, SplitName, kind_of_table, open_source, open_table
 from ..data.splits import split
-from ..data.survey import Survey, examined
+from ..data.survey import Problem, Survey, examined
 from ..errors import BadSampleError, DataError
 from ..files import make_folder, write_durable
 from ..settings import Settings, check, override
@@ -34,15 +33,14 @@ def survey(
     sources: str | Path | Sequence[str | Path] | Mapping[str, Any],
     *,
     set: Sequence[str] = (),
-    limit: int | None = None,
     output: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Survey:
     """What is in the data of a recipe, of one or more sources such as ``data.train`` names, or of datasets by split.
 
     Sources are the splits, named by a word such as "val" in their paths, else train, valid and test in order. ``set``
-    says how they are read, ``["data.target=income"]``. ``limit`` looks at so many samples of each split. ``output`` is
-    a folder for survey.json and the contact sheet, sheet.png.
+    says how they are read, ``["data.target=income"]``. ``output`` is a folder for survey.json and the contact
+    sheet, sheet.png. ``progress(split, done, total)`` is called on the way.
 
     Raises:  SettingsError, DataError where there is nothing to look at; what training would refuse is a finding
     """
@@ -52,11 +50,11 @@ def survey(
     else:
         names = [str(sources)] if isinstance(sources, str | Path) else list(map(str, sources))
         datasets = _opened_splits(names, list(set), problems)
-    found, contents = examined(datasets, problems, limit=limit, progress=progress)
+    found = examined(datasets, problems, progress)
     if output is not None:
         make_folder(Path(output))
         write_durable(Path(output) / "survey.json", to_json(found.to_json(), indent=True))
-        write_durable(Path(output) / "sheet.png", contact_sheet(found, contents))
+        write_durable(Path(output) / "sheet.png", contact_sheet(found))
     return found
 
 
@@ -71,7 +69,7 @@ def _opened_splits(sources: list[str], assignments: list[str], problems: list[Pr
         told = override({"data": {"train": next(iter(named.values()))}}, assignments)
         settings = check(_Sources, told, "survey").data
     opened = {name: _opened(settings, source, base, name, problems) for name, source in named.items()}
-    if settings.valid_fraction is not None and hasattr(opened["train"], "read"):
+    if settings.valid_fraction is not None and hasattr(opened.get("train"), "read"):
         try:
             parts = split(opened["train"], settings.valid_fraction, seed, settings.split_by, settings.test_fraction)
             opened = {**dict(zip(("train", "valid", "test"), parts, strict=False)), **opened, "train": parts[0]}
@@ -115,9 +113,8 @@ def _opened(settings: DataSettings, source: str, base: Path, name: str, problems
         path = base / Path(source).expanduser()
         if not path.is_file() or not is_table(path, settings.form):
             raise
-        opened = _mended(settings, path, base)
         problems.append(_refusal(name, error))
-        return opened
+        return _mended(settings, path, base)
 
 
 def _refusal(name: str, error: DataError) -> Problem:
@@ -126,13 +123,11 @@ def _refusal(name: str, error: DataError) -> Problem:
 
 def _mended(settings: DataSettings, path: Path, base: Path) -> Any:
     """A table as it stands; one of images, recordings or texts without the rows that lack one, or a label."""
-    kind, target = kind_of_table(settings, path), settings.predicted or "label"
-    contents = {"image": settings.image, "audio": settings.audio or "audio", "text": settings.text or "text"}
-    texts = (contents["text"],) if kind == "text" else ()
-    frame = read_frame(path, Form(settings.form.is_csv, settings.form.columns, texts))
-    if kind == "table":
-        return Rows(frame, str(path), settings.predicted, tuple(settings.drop), tuple(settings.categories), settings.id)
-    for name in (contents[kind], target):
-        if name in frame.column_names:
-            frame = frame.filter(frame[name].is_valid())
-    return open_table(settings.model_copy(update={"id": None}), path, base, frame=frame)
+    told = settings.model_copy(update={"kind": kind_of_table(settings, path), "id": None})
+    frame = read_frame(path, told.form)
+    if told.kind == "table":
+        return Rows(frame, told.predicted, tuple(told.drop), tuple(told.categories), settings.id)
+    content = {"image": told.image, "audio": told.audio or "audio", "text": told.text or "text"}[told.kind]
+    for name in {content, told.predicted or "label"}.intersection(frame.column_names):
+        frame = frame.filter(frame[name].is_valid())
+    return open_table(told, path, base, frame=frame)

@@ -10,7 +10,16 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
-from torchkeep.data.frames import TABLE_SUFFIXES, Form, check_ids, check_one_kind, column_names, is_table, read_frame
+from torchkeep.data.frames import (
+    TABLE_SUFFIXES,
+    Form,
+    as_texts,
+    check_ids,
+    check_one_kind,
+    column_names,
+    is_table,
+    read_frame,
+)
 from torchkeep.data.tables import Table
 from torchkeep.errors import DataError
 
@@ -161,8 +170,19 @@ def test_a_column_that_changes_its_type_halfway_is_named(tmp_path: Path) -> None
     assert "column 'x', row 200" in caught.value.where
     assert "'abc'" in caught.value.got
     assert Table(path, "y", categories=["x"]).encoding.categories == ("x",)
+    halves = [f"{i},{i % 2}" for i in range(10)] + [f"{word},1" for word in "abcabcabca"]
+    with pytest.raises(DataError, match="changes its type") as caught:
+        Table(csv(tmp_path, "x,y\n" + "\n".join(halves) + "\n"), "y")
+    assert "row 10" in caught.value.where
+    mixed = [f"{word},{i % 2}" for i, word in enumerate("1a2b3c4d5e6f")]  # numbers and words throughout: names
+    assert Table(csv(tmp_path, "x,y\n" + "\n".join(mixed) + "\n"), "y").encoding.categories == ("x",)
     words = pa.chunked_array([[f"word {i}" for i in range(100)], [f"{i}" for i in range(100)]])
     check_one_kind(words, "x", "t")  # half of them: these are texts
+
+
+def test_whole_floats_are_the_same_words_where_cells_are_missing() -> None:
+    for values in ([3.0, None, 1.0], [3.0, float("nan"), 1.0]):
+        assert as_texts(pa.chunked_array([values])).to_pylist() == ["3", None, "1"]
 
 
 BAD: dict[str, tuple[str, bytes, str, str]] = {

@@ -17,6 +17,7 @@ from torchkeep.chance import ChanceKey
 from torchkeep.data.dataset import whole
 from torchkeep.data.hub import HubDataset, HubStream
 from torchkeep.data.sources import DataSettings, open_data
+from torchkeep.data.text import TextBlocks
 from torchkeep.errors import DataError
 from torchkeep.settings import check
 
@@ -244,6 +245,16 @@ def test_a_recipe_names_splits_of_a_folder(folders: dict[str, Path], kind: str, 
         assert isinstance(opened.train, HubStream if streaming else HubDataset)
     with pytest.raises(DataError, match="no such split"):
         open_data(recipe(train=f"{name}@trian", **options), base, 0)
+
+
+def test_a_saved_folder_gives_each_role_its_split_and_blocks_for_a_language_model(folders: dict[str, Path]) -> None:
+    base, name = folders["text"].parent, folders["text"].name
+    opened = open_data(recipe(train=name, valid=name, test=name, tokenizer="bytes"), base, 0)
+    assert [len(part) for part in (opened.train, opened.valid, opened.test) if part is not None] == [SIZE, 9, 5]
+    blocks = open_data(recipe(train=name, valid=name, tokenizer="bytes", block_size=8), base, 0)
+    assert isinstance(blocks.train, TextBlocks)
+    assert isinstance(blocks.valid, TextBlocks)
+    assert blocks.train[0]["input_ids"][1:].tolist() == blocks.train[0]["target"][:-1].tolist()
 
 
 @pytest.mark.parametrize("kind", ["table", "text"])

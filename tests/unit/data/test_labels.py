@@ -76,6 +76,7 @@ def test_a_separator_parts_texts() -> None:
     train = labels(["b | a", "c", "a||b|", ""], separator="|")
     assert train.field.classes == ("a", "b", "c")  # nothing between two separators is no class
     check(train, torch.tensor([[1, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]]).float())
+    check(labels(["b|a", None, "c"], separator="|"), torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 1]]).float())
     valid = labels(["c", "b"], like=train.field, separator="|")
     assert valid.field == train.field
     check(valid, torch.tensor([[0, 0, 1], [0, 1, 0]]).float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..errors import DataError
 from .dataset import Indices, KeyedData
 from .samples import TARGETS
 
+_ZIP_HEADER, _ZIP_NAME_LENGTHS = 30, 26  # bytes before a member's name, and where its lengths stand (APPNOTE 4.3.7)
 _CAST = {
     torch.float64: torch.float32,
     torch.uint16: torch.int32,
@@ -81,15 +83,14 @@ class Arrays(Columns):
 
 
 def open_arrays(path: Path) -> Arrays:
-    """A .npz file's arrays, or the .npy files beside one of them, by name; .npy files are mapped, not read.
+    """A .npz file's arrays, or the .npy files beside one of them, by name; mapped, not read, unless they are compressed.
 
     ``data/image.npy`` comes with ``data/label.npy`` and every other .npy of that folder.
     Raises:  DataError for a file that is no array, holds objects, or columns that do not fit together
     """
     try:
         if path.suffix.lower() == ".npz":
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-                return Arrays(**{name: held[name] for name in held.files})
+            return Arrays(**_members(path))
         beside = sorted(path.parent.glob("*.npy"))
         return Arrays(**{found.stem: np.load(found, mmap_mode="r", allow_pickle=False) for found in beside})
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -97,6 +98,26 @@ def open_arrays(path: Path) -> Arrays:
         raise DataError(
             "these arrays cannot be read", where=path, got=said, expected="a .npz or .npy of numbers, without objects"
         ) from None
+
+
+def _members(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    held: dict[str, np.ndarray[Any, Any]] = {}
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as member:
+                name = info.filename.removesuffix(".npy")
+                if info.compress_type != zipfile.ZIP_STORED:
+                    held[name] = np.lib.format.read_array(member, allow_pickle=False)
+                    continue
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, is_fortran, kind = read(member)
+                if kind.hasobject:
+                    raise ValueError(f"{name!r} holds objects")
+                file.seek(info.header_offset + _ZIP_NAME_LENGTHS)
+                start = info.header_offset + _ZIP_HEADER + sum(struct.unpack("<HH", file.read(4))) + member.tell()
+            held[name] = np.memmap(path, kind, "r", start, shape, "F" if is_fortran else "C")
+    return held
 
 
 def bytes_of(column: Tensor) -> memoryview:

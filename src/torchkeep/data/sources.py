@@ -409,7 +409,8 @@ def described(dataset: KeyedDataset) -> Iterator[tuple[str, str, str, str]]:
         if isinstance(held, TextBlocks):
             yield "texts", f"{said}, blocks of {held.block_size}", "joined to one stream", "data.tokenizer"
         else:
-            reason = f"padded to the batch, cut at {texts.max_length} tokens"
+            kept = "" if texts.keeps_tokens else ", made anew in each epoch"
+            reason = f"padded to the batch, cut at {texts.max_length} tokens{kept}"
             yield "texts", said, reason, "data.tokenizer, data.max_length"
     if isinstance(held, Clips):
         made = f"{held.num_mels} log-mels" if held.features == "log_mel" else "waveform"

@@ -205,6 +205,11 @@ class Texts(LabelledData):
         made.schema = made._schema()
         return made
 
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the texts are few enough for their tokens to be kept after the first epoch: 64 MB."""
+        return self._kept is not None
+
     def tokens(self, indices: Indices) -> list[np.ndarray[Any, Any]]:
         """The tokens of some texts, each (T,) int32; made once where the texts are few enough to keep them."""
         return self._made(indices) if self._kept is None else self._kept.rows(indices, self._made)

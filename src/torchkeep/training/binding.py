@@ -68,12 +68,10 @@ class Binding:
             _check_keys(batch, names, "inputs")
         if not names:
             raise ModelError(
-                "there is nothing in the batch for the model",
-                where="inputs",
-                got=f"a batch with {batch_text(batch)}",
-                expected="a tensor that is no target",
+                "there is nothing in the batch for the model", where="inputs",
+                got=f"a batch with {batch_text(batch)}", expected="a tensor that is no target",
                 fix='inputs="NAME" names its key; a collate gives a dict of tensors',
-            )
+            )  # fmt: skip
         keyword = self._keywords(names, with_targets)
         if keyword is not None:
             pairs = tuple(keyword.items())
@@ -88,12 +86,10 @@ class Binding:
         if sum(self._parameters.values()) <= 1:
             return (lambda batch: model({name: batch[name] for name in names})), f"a dict of {', '.join(names)}"
         raise ModelError(
-            "the batch's keys do not fit the model's forward",
-            where=type(model).__name__,
-            got=f"{', '.join(names) or 'no inputs'}",
-            expected=f"forward({', '.join(self._parameters)})",
+            "the batch's keys do not fit the model's forward", where=type(model).__name__,
+            got=f"{', '.join(names) or 'no inputs'}", expected=f"forward({', '.join(self._parameters)})",
             fix='inputs=["first", "second"] gives them in order; inputs= also takes a function batch → (args, kwargs)',
-        )
+        )  # fmt: skip
 
     def _keywords(self, names: list[str], with_targets: bool) -> dict[str, str] | None:
         """Keyword → key, where the forward knows every name; the targets too where the model makes its own loss."""
@@ -161,12 +157,9 @@ def _check_keys(batch: Batch, names: Sequence[str], what: str) -> None:
     for name in names:
         if name not in batch:
             raise SettingsError(
-                "the batch has no such key",
-                where=f"{what}={names!r}",
-                got=repr(name),
-                expected=f"one of {', '.join(batch)}",
-                fix=nearest(name, list(batch)),
-            )
+                "the batch has no such key", where=f"{what}={names!r}", got=repr(name),
+                expected=f"one of {', '.join(batch)}", fix=nearest(name, list(batch)),
+            )  # fmt: skip
 
 
 def batch_text(batch: Batch) -> str:

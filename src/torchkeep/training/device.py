@@ -39,11 +39,9 @@ def _existing(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(
-            "this device is not there",
-            where="train.device",
-            got=f"{name!r} ({str(error).splitlines()[0]})",
+            "this device is not there", where="train.device", got=f"{name!r} ({str(error).splitlines()[0]})",
             expected="auto, cpu" + (", cuda" if torch.cuda.is_available() else ""),
-        ) from None
+        ) from None  # fmt: skip
     return device
 
 

@@ -376,12 +376,10 @@ class Training:
         floating = [p.detach() for p in self.stepper.model.parameters() if p.is_floating_point() and p.numel()]
         if floating and not bool(torch.stack(torch._foreach_norm(floating)).isfinite().all()):
             raise NonFiniteLossError(
-                "the update left parameters that are not finite",
-                where=f"step {self.clock.step}",
-                got=_samples_text(self._last_indices),
-                expected="finite parameters",
+                "the update left parameters that are not finite", where=f"step {self.clock.step}",
+                got=_samples_text(self._last_indices), expected="finite parameters",
                 fix="a lower optimizer.learning_rate or train.clip_norm = 1.0; the last good checkpoint stays",
-            )
+            )  # fmt: skip
 
     def _leave(self) -> None:
         if self._last_saved_step != self.clock.step:
@@ -422,12 +420,10 @@ class Training:
         """
         if state["accumulate"] != self.settings.train.accumulate:
             raise CheckpointError(
-                "a step is of another number of batches",
-                where="train.accumulate",
-                got=self.settings.train.accumulate,
-                expected=state["accumulate"],
+                "a step is of another number of batches", where="train.accumulate",
+                got=self.settings.train.accumulate, expected=state["accumulate"],
                 fix="resume with the same train.accumulate: steps are counted in it",
-            )
+            )  # fmt: skip
         load_model(self.stepper.model, state["model"])
         for name, part in self.objects.items():
             part.load_state_dict(state["objects"].get(name, {}))

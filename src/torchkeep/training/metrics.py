@@ -185,11 +185,9 @@ def classes_of(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if output.ndim == target.ndim + 1:
         return output.argmax(1), target
     raise ModelError(
-        "this metric needs classes",
-        where="metrics",
-        got=f"output {tuple(output.shape)}, target {tuple(target.shape)}",
-        expected="output (B, K), target (B,)",
-    )
+        "this metric needs classes", where="metrics",
+        got=f"output {tuple(output.shape)}, target {tuple(target.shape)}", expected="output (B, K), target (B,)",
+    )  # fmt: skip
 
 
 _NAMED: dict[str, Callable[[str], Metric]] = {
@@ -239,11 +237,9 @@ def _make(name: str | None, item: Any) -> Metric | Adapted:
     if all(hasattr(item, verb) for verb in ("update", "compute", "reset")):
         return Adapted(name or _snake(type(item).__name__), item)
     raise SettingsError(
-        "this is no metric",
-        where="metrics",
-        got=type(item).__name__,
+        "this is no metric", where="metrics", got=type(item).__name__,
         expected="a name, or an object with update, compute and reset",
-    )
+    )  # fmt: skip
 
 
 def _snake(name: str) -> str:

@@ -56,12 +56,10 @@ class Objective:
         loss = own_loss_of(output)
         if loss is None:
             raise ModelError(
-                "this model's output has no .loss",
-                where="loss",
-                got=shape_text(output) or type(output).__name__,
+                "this model's output has no .loss", where="loss", got=shape_text(output) or type(output).__name__,
                 expected="an output with .loss, or a target in the batch and a loss",
                 fix='loss="cross_entropy", or any function (output, target) → loss',
-            )
+            )  # fmt: skip
         return loss
 
     def count(self, target: Any, batch_size: int) -> int | Tensor:
@@ -105,12 +103,9 @@ def choose_objective(
     name, reason = (loss, "as set") if loss not in (None, "auto") else _name_for(binding, batch_target, field)
     if name not in _NAMED:
         raise SettingsError(
-            "there is no such loss",
-            where="train.loss",
-            got=repr(loss),
-            expected=f"one of {', '.join(_NAMED)}, or a callable in Python",
-            fix=nearest(str(loss), list(_NAMED)),
-        )
+            "there is no such loss", where="train.loss", got=repr(loss),
+            expected=f"one of {', '.join(_NAMED)}, or a callable in Python", fix=nearest(str(loss), list(_NAMED)),
+        )  # fmt: skip
     if name != "cross_entropy":
         _only_cross_entropy(name, class_weights, label_smoothing)
     if name == "output.loss":
@@ -165,12 +160,10 @@ def _label_error(output: Any, target: Any, error: IndexError) -> Exception:
         return error
     values = sorted({int(value) for value in target[wrong].flatten() if not 0 <= int(value) < count})
     return LabelError(
-        "a label is outside the classes of the model",
-        rows,
-        got=f"label {', '.join(map(str, values[:10]))}",
+        "a label is outside the classes of the model", rows, got=f"label {', '.join(map(str, values[:10]))}",
         expected=f"0 to {count - 1}, as the model has {count} outputs",
         fix="mend the labels, or give the model as many outputs as there are classes",
-    )
+    )  # fmt: skip
 
 
 class _CrossEntropy(nn.Module):
@@ -211,11 +204,9 @@ def aligned(output: Tensor, target: Tensor) -> Tensor:
     if output.ndim == target.ndim + 1 and output.shape[-1] == 1 and output.shape[:-1] == target.shape:
         return output.squeeze(-1)
     raise ModelError(
-        "the model's output and the target have different shapes",
-        where="loss",
-        got=f"output {tuple(output.shape)}",
-        expected=f"target {tuple(target.shape)}",
-    )
+        "the model's output and the target have different shapes", where="loss",
+        got=f"output {tuple(output.shape)}", expected=f"target {tuple(target.shape)}",
+    )  # fmt: skip
 
 
 _NAMED: dict[str, Any] = {
@@ -287,9 +278,6 @@ def _check_classes(prediction: Tensor, target: Tensor, num_classes: int, where: 
         expected = f"{num_classes or needed} classes: (B, {num_classes or needed})"
     if not fits:
         raise ModelError(
-            "the model's output does not fit the classes",
-            where=where,
-            got=got,
-            expected=expected,
+            "the model's output does not fit the classes", where=where, got=got, expected=expected,
             fix="make the last layer as wide as there are classes (a recipe's function gets num_classes)",
-        )
+        )  # fmt: skip

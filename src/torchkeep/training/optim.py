@@ -96,11 +96,9 @@ def make_optimizer(
     parameters = learning(model)
     if not parameters:
         raise SettingsError(
-            "nothing in this model learns",
-            where=type(model).__name__,
-            got="no parameter with requires_grad",
+            "nothing in this model learns", where=type(model).__name__, got="no parameter with requires_grad",
             expected="at least one",
-        )
+        )  # fmt: skip
     groups = _decay_groups(parameters, settings)
     own: dict[str, dict[str, Any]] = {
         "adamw": {"betas": settings.betas, "eps": settings.eps},
@@ -108,12 +106,10 @@ def make_optimizer(
     }
     if settings.name not in own:
         raise SettingsError(
-            "there is no such optimiser",
-            where="optimizer.name",
-            got=repr(settings.name),
+            "there is no such optimiser", where="optimizer.name", got=repr(settings.name),
             expected='"adamw", "sgd" or file.py:function',
             fix="tk.fit(optimizer=…) takes any torch.optim.Optimizer",
-        )
+        )  # fmt: skip
     kind: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.name]
     made: torch.optim.Optimizer = _made(
         settings.name, lambda: kind(groups, lr=settings.learning_rate, fused=fused or None, **own[settings.name])
@@ -128,11 +124,9 @@ def _made(name: str, make: Callable[[], Any]) -> Any:
         if isinstance(error, TorchkeepError):
             raise
         raise SettingsError(
-            "this optimiser cannot be made",
-            where=f"optimizer.name = {name!r}",
-            got=f"{type(error).__name__}: {error}",
-            expected="settings that it takes",
-        ) from error
+            "this optimiser cannot be made", where=f"optimizer.name = {name!r}",
+            got=f"{type(error).__name__}: {error}", expected="settings that it takes",
+        ) from error  # fmt: skip
 
 
 def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
@@ -264,11 +258,9 @@ class Optimizers:
         """
         if state["optimizers"].keys() != self.by_name.keys():
             raise CheckpointError(
-                "the optimisers are not those of the checkpoint",
-                where="optimizer",
-                got=", ".join(self.by_name),
+                "the optimisers are not those of the checkpoint", where="optimizer", got=", ".join(self.by_name),
                 expected=", ".join(state["optimizers"]),
-            )
+            )  # fmt: skip
         for name, saved in state["optimizers"].items():
             try:
                 self.by_name[name].load_state_dict(saved)

@@ -93,11 +93,9 @@ class Prepared:
         self._note_feed()
         if len(self.loader) == 0:
             raise SettingsError(
-                "no batch is left of the training data",
-                where="data.last = 'drop'",
-                got=f"{len(work.train)} samples, batch_size {work.batch_size}",
-                expected="at least one whole batch",
-            )
+                "no batch is left of the training data", where="data.last = 'drop'",
+                got=f"{len(work.train)} samples, batch_size {work.batch_size}", expected="at least one whole batch",
+            )  # fmt: skip
         batch = self.loader.peek()
         self.mover = Mover(self.device, work.train.schema)
         self._note_data()
@@ -275,11 +273,9 @@ class Prepared:
             except Exception as error:
                 said = f"{error.got}" if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
                 raise SettingsError(
-                    "this metric does not fit the data",
-                    where=f"train.metrics: {metric.name}",
-                    got=said,
+                    "this metric does not fit the data", where=f"train.metrics: {metric.name}", got=said,
                     expected=error.expected if isinstance(error, ModelError) else "a metric of this kind of target",
-                ) from error
+                ) from error  # fmt: skip
             finally:
                 metric.reset()
 
@@ -287,11 +283,9 @@ class Prepared:
         weights = self.work.settings.train.class_weights
         if weights and classes and len(weights) != classes:
             raise SettingsError(
-                "there is one weight for each class",
-                where="train.class_weights",
-                got=f"{len(weights)} weights",
+                "there is one weight for each class", where="train.class_weights", got=f"{len(weights)} weights",
                 expected=f"{classes}",
-            )
+            )  # fmt: skip
 
     def _optimizers(self) -> Optimizers:
         work, settings = self.work, self.work.settings.optimizer
@@ -349,11 +343,9 @@ class Prepared:
         if self.valid is None:
             if chosen.metric is not None:
                 raise SettingsError(
-                    "the best checkpoint is chosen on a validation split",
-                    where="checkpoint.metric",
-                    got=f"{chosen.metric!r} and no validation data",
-                    expected="data.valid or data.valid_fraction",
-                )
+                    "the best checkpoint is chosen on a validation split", where="checkpoint.metric",
+                    got=f"{chosen.metric!r} and no validation data", expected="data.valid or data.valid_fraction",
+                )  # fmt: skip
             return None, "min"
         self._check_measured("checkpoint.metric", chosen.metric)
         metric = chosen.metric or (known[1] if len(known) > 1 else known[0])
@@ -370,12 +362,9 @@ class Prepared:
     def _check_measured(self, where: str, metric: str | None) -> None:
         if metric is not None and metric not in [*self._measured, "train/loss"]:
             raise SettingsError(
-                "this metric is not measured",
-                where=where,
-                got=repr(metric),
-                expected=f"one of {', '.join(self._measured)}",
-                fix="add it to train.metrics",
-            )
+                "this metric is not measured", where=where, got=repr(metric),
+                expected=f"one of {', '.join(self._measured)}", fix="add it to train.metrics",
+            )  # fmt: skip
 
     def _stopper(self) -> EarlyStopping | None:
         chosen = self.work.settings.early_stopping
@@ -385,11 +374,9 @@ class Prepared:
         self._check_measured("early_stopping.metric", chosen.metric)
         if metric is None:
             raise SettingsError(
-                "early stopping watches a validation split",
-                where="early_stopping.patience",
-                got="no validation data",
-                expected="data.valid or data.valid_fraction",
-            )
+                "early stopping watches a validation split", where="early_stopping.patience",
+                got="no validation data", expected="data.valid or data.valid_fraction",
+            )  # fmt: skip
         mode: Mode = better_mode(metric) if chosen.mode == "auto" else chosen.mode
         return EarlyStopping(metric, mode, chosen.patience, chosen.min_delta)
 
@@ -423,11 +410,9 @@ def _parameters_of(owner: Any) -> list[Any]:
 def _check_one(by_name: dict[str, torch.optim.Optimizer]) -> None:
     if len(by_name) > 1:
         raise SettingsError(
-            "a scheduler steers one optimiser",
-            where="schedule",
-            got=f"optimisers {', '.join(by_name)}",
+            "a scheduler steers one optimiser", where="schedule", got=f"optimisers {', '.join(by_name)}",
             expected="a function (step, total_steps) → factor, which steers all",
-        )
+        )  # fmt: skip
 
 
 def _makes_scheduler(schedule: Any) -> bool:

@@ -114,12 +114,9 @@ def recipe_from_json(data: Json, where: object) -> Recipe:
     """A recipe as run.json holds it."""
     if data is None:
         raise SettingsError(
-            "this run was made by tk.fit from objects",
-            where=where,
-            got="no recipe",
-            expected="a run of torchkeep train",
-            fix='call the same tk.fit(…, run_dir=…, resume="auto") again',
-        )
+            "this run was made by tk.fit from objects", where=where, got="no recipe",
+            expected="a run of torchkeep train", fix='call the same tk.fit(…, run_dir=…, resume="auto") again',
+        )  # fmt: skip
     return check(Recipe, data, where)
 
 

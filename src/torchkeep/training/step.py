@@ -214,11 +214,9 @@ class Stepper:
         if optimizer in by_name:
             return by_name[str(optimizer)]
         raise ModelError(
-            "there is no such optimiser",
-            where="context.backward",
-            got=repr(optimizer),
+            "there is no such optimiser", where="context.backward", got=repr(optimizer),
             expected=f"one of {', '.join(by_name)}",
-        )
+        )  # fmt: skip
 
 
 def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -231,11 +229,9 @@ def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor]]:
     loss = logged.get("loss") if isinstance(logged, dict) else None
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ModelError(
-            "a step gives its loss",
-            where="step",
-            got=_answer_text(logged),
+            "a step gives its loss", where="step", got=_answer_text(logged),
             expected='{"loss": a tensor of one number, anything to log}',
-        )
+        )  # fmt: skip
     kept = ("loss", "output", "target")
     extras = {
         name: value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from torchkeep.chance import ChanceKey
-from torchkeep.data.arrays import Arrays
+from torchkeep.data.arrays import Arrays, open_arrays
 from torchkeep.data.loader import Loader
 from torchkeep.errors import DataError
 
@@ -88,3 +91,29 @@ def test_loaders_work_on_it() -> None:
     assert torch.equal(theirs["x"], ours["x"])
     assert torch.equal(theirs["y"], ours["y"])
     assert len(list(data)) == 10
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_npz_is_its_arrays_and_mapped_where_it_can_be(tmp_path: Path, save: Any, monkeypatch: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    save(tmp_path / "all.npz", input=x, target=np.arange(50) % 4, turned=np.asfortranarray(x))
+    mapped: list[str] = []
+    monkeypatch.setattr(np, "memmap", lambda *a, made=np.memmap, **k: mapped.append("one") or made(*a, **k))
+    data = open_arrays(tmp_path / "all.npz")
+    assert mapped == (["one"] * 3 if save is np.savez else [])
+    assert torch.equal(data.columns["input"], torch.from_numpy(x))
+    assert torch.equal(data.columns["turned"], torch.from_numpy(x))
+    assert data.labels is not None
+    assert data.labels.tolist() == (np.arange(50) % 4).tolist()
+
+
+def test_arrays_of_objects_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "objects.npz", x=np.array([{}, []], dtype=object))
+    np.savez(tmp_path / "cut.npz", x=np.zeros(1000))
+    whole = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:600])
+    np.save(tmp_path / "x.npy", np.zeros(5))
+    (tmp_path / "x.npy").write_bytes(b"no array")
+    for name in ("objects.npz", "cut.npz", "x.npy"):
+        with pytest.raises(DataError, match="cannot be read"):
+            open_arrays(tmp_path / name)

@@ -33,7 +33,7 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga")
 MAX_SAMPLES = 1 << 28  # of one recording, over all channels: a gigabyte of float32; 1.5 hours at 48 kHz
 
 _LEAST_RATE = 1000  # Hz: 10 samples from one window to the next
-_SAMPLES_AT_ONCE = 1 << 14  # of one transform, whose arrays so stay in the processor's cache: half the time of all
+_SAMPLES_AT_ONCE = 1 << 18  # of one transform: more would not stay in the cache, less lets threads wait for the GIL
 _WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 _SILENCE = float(np.log(POWER_FLOOR))
 _IN_MEMORY = re.compile(r"Error opening <[^>]*>: ")
@@ -159,7 +159,7 @@ class Clips(LabelledData):
         return wave, rate
 
     def _audio(self, waves: list[Wave], indices: Indices, key: ChanceKey) -> list[Wave]:
-        """What the model gets of each wave. Log-mels of a few clips are made in one transform."""
+        """What the model gets of each wave. Log-mels of many clips are made in one transform."""
         if self.features == "waveform":
             return [wave if self.channels == 2 else wave[0] for wave in waves]
         held = np.zeros((len(waves), max(wave.shape[1] for wave in waves)), np.float32)

@@ -3,6 +3,8 @@
 Read it in this order: ``chance``, ``data.images``, ``data.loader``, ``training.device``, ``training.binding`` and
 ``training.step`` are a sample's way from the disk to the gradient; ``training.recipe``, ``training.prepare``,
 ``training.loop``, ``watch.records`` and ``keep.checkpoint`` are the run around it; ``api`` and ``cli`` are the verbs.
+``data.tables``, ``data.text``, ``data.audio``, ``data.hub`` and ``data.streams`` are read as ``data.images`` is; all of
+them stand on ``data.frames``, ``data.index``, ``data.blobs``, ``data.dataset`` and ``data.labels``.
 
 Names are loaded when they are first used: ``import torchkeep`` itself imports neither torch nor NumPy.
 """

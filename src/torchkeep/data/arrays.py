@@ -83,7 +83,7 @@ class Arrays(Columns):
 
 
 def open_arrays(path: Path) -> Arrays:
-    """A .npz file's arrays, or the .npy files beside one of them, by name; mapped, not read, unless they are compressed.
+    """A .npz file's arrays, or the .npy files beside one of them, by name; mapped where they are not compressed.
 
     ``data/image.npy`` comes with ``data/label.npy`` and every other .npy of that folder.
     Raises:  DataError for a file that is no array, holds objects, or columns that do not fit together

@@ -1,4 +1,4 @@
-"""The free spoken digits: "7_jackson_32.wav" is the 33rd seven of one speaker. Numbers 0 to 4 are the customary test."""
+"""The free spoken digits: "7_jackson_32.wav" is the 33rd seven of one speaker. 0 to 4 are the customary test."""
 
 from pathlib import Path
 

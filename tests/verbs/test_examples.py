@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 import shlex
@@ -108,6 +109,25 @@ def test_table(place: Path) -> None:
     assert files(place) == before
     made = runpy.run_path("examples/table/make_data.py")["make_text"]()
     assert made == Path("examples/table/deliveries.csv").read_text(encoding="utf-8")
+
+
+REAL = sorted({path.parent.name for path in (ROOT / "examples").glob("*/recipe.toml")} - {"digits", "table"})
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_recipe_on_real_data_runs(name: str, tmp_path: Path) -> None:
+    """Two steps of each: what the whole of it reaches is measured by bench/accuracy.py."""
+    if not (ROOT / "../shared/data").is_dir():
+        pytest.skip("the folder shared/data beside the repository is missing")
+    threads = torch.get_num_threads()
+    settings = ["train.max_steps=2", "monitor.views=[]"]
+    try:
+        run = tk.train(ROOT / "examples" / name / "recipe.toml", set=settings, run_dir=tmp_path / name, quiet=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert run.status == "finished"
+    assert all(math.isfinite(value) for value in run.metrics.values())
+    assert run.dir == tmp_path / name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -221,11 +221,9 @@ def fit(
     own_optimizer = optimizer is not None and not isinstance(optimizer, str)
     if own_optimizer and learning_rate is not None:
         raise SettingsError(
-            "the learning rate is given twice",
-            where="tk.fit",
-            got="optimizer= and learning_rate=",
+            "the learning rate is given twice", where="tk.fit", got="optimizer= and learning_rate=",
             expected="one of them",
-        )
+        )  # fmt: skip
     _merge(data, "optimizer", {"name": None if own_optimizer else optimizer, "learning_rate": learning_rate})
     _merge(data, "optimizer", {"schedule": schedule if isinstance(schedule, str) else None})
     checked = check(RunSettings, data, "tk.fit")
@@ -363,12 +361,9 @@ def _check_objects(model: Any, **given: Any) -> None:
         if isinstance(value, type):
             made = "lambda model: torch.optim.SGD(model.parameters(), lr=0.1)" if name == "optimizer" else "NAME(…)"
             raise SettingsError(
-                "this is a class, not an object of it",
-                where=f"tk.fit({name}=…)",
-                got=value.__name__,
-                expected="an object",
-                fix=f"{name}={made.replace('NAME', value.__name__)}",
-            )
+                "this is a class, not an object of it", where=f"tk.fit({name}=…)", got=value.__name__,
+                expected="an object", fix=f"{name}={made.replace('NAME', value.__name__)}",
+            )  # fmt: skip
     if not isinstance(model, nn.Module):
         raise SettingsError("this is no model", where="tk.fit", got=type(model).__name__, expected="a torch.nn.Module")
 

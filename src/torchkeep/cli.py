@@ -85,7 +85,7 @@ def evaluate(run: str, data: str | None, trust_code: str | None, as_json: bool) 
 @click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="csv without it, or by the file's ending.")
 @_TRUST
 def predict(run: str, files: tuple[str, ...], output: str | None, form: str | None, trust_code: str | None) -> None:
-    """Predict with RUN's best checkpoint: a row for each image, or for each row of a table, in order.
+    """Predict with RUN's best checkpoint: a row for each file, or for each row of a table, in order.
 
     Exit code 3: some inputs could not be read; their rows say why.
     """
@@ -254,7 +254,7 @@ def run(command: Callable[[], Any]) -> int:
     try:
         code = command()
     except TorchkeepError as error:
-        click.echo(error.message(), err=True)
+        click.echo(error.said(), err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps every KeyboardInterrupt

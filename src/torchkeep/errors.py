@@ -30,7 +30,7 @@ class TorchkeepError(Exception):
         rows = [("where", self.where), ("got", self.got), ("expected", self.expected), ("fix", self.fix)]
         return "\n".join([self.what, *(f"  {name + ':':<9} {text}" for name, text in rows if text)])
 
-    def message(self) -> str:
+    def said(self) -> str:
         """The whole text as the command line prints it, beginning with the error's name."""
         return f"{type(self).__name__}: {self}"
 

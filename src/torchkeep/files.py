@@ -55,12 +55,10 @@ def reported(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            "the disk refused a write",
-            where=path,
-            got=f"{error.strerror or error} (errno {error.errno})",
+            "the disk refused a write", where=path, got=f"{error.strerror or error} (errno {error.errno})",
             expected="a writable folder with free space",
             fix="free some space, or choose a folder that can be written; what was saved before is whole",
-        ) from error
+        ) from error  # fmt: skip
 
 
 def sync_folder(folder: Path) -> None:
@@ -237,12 +235,9 @@ class FolderLock:
             holder = file.read().strip() or "another process"
             file.close()
             raise RunFolderError(
-                "this run's folder is in use",
-                where=self.path.parent,
-                got=f"held by {holder}",
-                expected="no running process on it",
-                fix="wait for that run to end, or give another --run-dir",
-            )
+                "this run's folder is in use", where=self.path.parent, got=f"held by {holder}",
+                expected="no running process on it", fix="wait for that run to end, or give another --run-dir",
+            )  # fmt: skip
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -65,31 +65,23 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             found = "no run.json in it" if self.path.is_dir() else "a file" if self.path.exists() else "no such folder"
             raise RunFolderError(
-                "this is not the folder of a run",
-                where=self.path,
-                got=found,
-                expected="a folder that torchkeep train or tk.fit has made",
-                fix="torchkeep runs lists the runs",
-            ) from None
+                "this is not the folder of a run", where=self.path, got=found,
+                expected="a folder that torchkeep train or tk.fit has made", fix="torchkeep runs lists the runs",
+            ) from None  # fmt: skip
         except (orjson.JSONDecodeError, OSError) as error:
             raise RunFolderError("run.json cannot be read", where=self.run_file, got=error) from None
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             got = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
             raise RunFolderError(
-                "this run was written in another format",
-                where=self.run_file,
-                got=f"format {got}",
-                expected=f"format {FORMAT}",
-                fix="pip install --upgrade torchkeep",
-            )
+                "this run was written in another format", where=self.run_file, got=f"format {got}",
+                expected=f"format {FORMAT}", fix="pip install --upgrade torchkeep",
+            )  # fmt: skip
         lacking = [key for key, kind in _HELD.items() if not isinstance(facts.get(key), kind)]
         if lacking:
             raise RunFolderError(
-                "run.json is not whole",
-                where=self.run_file,
-                got=f"no {', '.join(lacking)} as a run has it",
+                "run.json is not whole", where=self.run_file, got=f"no {', '.join(lacking)} as a run has it",
                 expected="the file as it was written when the run began",
-            )
+            )  # fmt: skip
         return facts
 
     def status(self) -> Status:
@@ -111,12 +103,9 @@ def create_run_folder(name: str, runs: Path) -> RunFolder:
     place = next((path for path in (runs, *runs.parents) if path.exists()), runs)
     if place.exists() and not place.is_dir():
         raise RunFolderError(
-            "the folder for runs cannot be made",
-            where=runs,
-            got=f"{place} is a file",
-            expected="a folder, or nothing yet",
-            fix="move that file, or choose another folder with --run-dir",
-        )
+            "the folder for runs cannot be made", where=runs, got=f"{place} is a file",
+            expected="a folder, or nothing yet", fix="move that file, or choose another folder with --run-dir",
+        )  # fmt: skip
     return RunFolder(new_folder(runs, name))
 
 

@@ -39,12 +39,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(
-            "the recipe is missing",
-            where=path,
-            got="no such file",
-            expected="a TOML file",
+            "the recipe is missing", where=path, got="no such file", expected="a TOML file",
             fix=_near_file(path) or "torchkeep schema prints what a recipe holds",
-        ) from None
+        ) from None  # fmt: skip
     except IsADirectoryError:
         raise SettingsError("the recipe is a folder", where=path, expected="a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -72,11 +69,9 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise SettingsError(
-                "this --set cannot be read",
-                where=f"--set {assignment}",
-                got="no key before '='" if equals else "no '='",
-                expected="section.key=value",
-            )
+                "this --set cannot be read", where=f"--set {assignment}",
+                got="no key before '='" if equals else "no '='", expected="section.key=value",
+            )  # fmt: skip
         *sections, last = [part.strip() for part in key.split(".")]
         place = data
         for section in sections:
@@ -127,12 +122,10 @@ def _explain(model: type[Settings], errors: list[Any], data: dict[str, Any], whe
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, path[:-1])
         return SettingsError(
-            "unknown key",
-            where=f"{where}: {key}",
-            got=repr(path[-1]),
+            "unknown key", where=f"{where}: {key}", got=repr(path[-1]),
             expected=f"one of {', '.join(sorted(known))}",
             fix=nearest(path[-1], known) or _elsewhere(model, path[-1]) or "torchkeep schema prints every key",
-        )
+        )  # fmt: skip
     if first["type"] == "missing" and isinstance(first["loc"][-1], str):
         key = ".".join([*path, first["loc"][-1]])
         return SettingsError("a key is missing", where=f"{where}: {key}", expected=key, fix=f"add {key} to the recipe")

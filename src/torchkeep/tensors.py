@@ -55,12 +55,10 @@ def _pack(value: Any, path: str, tensors: TensorTree) -> Json:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise CheckpointError(
-        "a state holds something that is neither JSON nor a tensor",
-        where=f"state key {path!r}",
-        got=type(value).__name__,
-        expected="None, bool, int, float, str, list, tuple, dict or Tensor",
+        "a state holds something that is neither JSON nor a tensor", where=f"state key {path!r}",
+        got=type(value).__name__, expected="None, bool, int, float, str, list, tuple, dict or Tensor",
         fix="return only such values from state_dict(): no object is ever pickled",
-    )
+    )  # fmt: skip
 
 
 def _pack_dict(value: dict[Any, Any], path: str, tensors: TensorTree) -> Json:
@@ -72,11 +70,9 @@ def _pack_dict(value: dict[Any, Any], path: str, tensors: TensorTree) -> Json:
     wrong = next((key for key in value if not isinstance(key, str)), None)
     if wrong is not None:
         raise CheckpointError(
-            "a state has a key that JSON cannot hold",
-            where=f"state key {path!r}",
-            got=f"{wrong!r} ({type(wrong).__name__})",
-            expected="keys that are all str, or all int",
-        )
+            "a state has a key that JSON cannot hold", where=f"state key {path!r}",
+            got=f"{wrong!r} ({type(wrong).__name__})", expected="keys that are all str, or all int",
+        )  # fmt: skip
     return {key: inner(key) for key in value}
 
 

@@ -47,12 +47,10 @@ def read_reference(name: str, base: Path) -> CodeReference:
     path = (base / file).resolve()
     if not path.is_file():
         raise ModelError(
-            "this file of code is missing",
-            where=name,
-            got=f"no file {path}",
+            "this file of code is missing", where=name, got=f"no file {path}",
             expected="file.py:function, relative to the recipe",
             fix="mend the path in the recipe, or give it with --set",
-        )
+        )  # fmt: skip
     return CodeReference(path, function, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -75,21 +73,17 @@ def load_function(reference: CodeReference) -> Callable[..., Any]:
             del sys.modules[module_name]
             line = line_in(error, reference.path)
             raise ModelError(
-                "this file of code fails when it is run",
-                where=f"{reference.path}{line}",
-                got=f"{type(error).__name__}: {error}",
-                expected="a file that can be imported",
-            ) from error
+                "this file of code fails when it is run", where=f"{reference.path}{line}",
+                got=f"{type(error).__name__}: {error}", expected="a file that can be imported",
+            ) from error  # fmt: skip
     function = getattr(sys.modules[module_name], reference.function, None)
     if not callable(function):
         names = [name for name, value in vars(sys.modules[module_name]).items() if callable(value)]
         raise ModelError(
-            "this file has no such function",
-            where=reference.path,
-            got=repr(reference.function),
+            "this file has no such function", where=reference.path, got=repr(reference.function),
             expected=f"one of {', '.join(n for n in names if not n.startswith('_')) or 'none that can be called'}",
             fix=nearest(reference.function, names),
-        )
+        )  # fmt: skip
     remember(reference)
     return function  # type: ignore[no-any-return]
 

@@ -96,7 +96,8 @@ def test_breaking_out_early_begins_a_new_epoch() -> None:
     for batch in loader:
         assert batch["index"].tolist() == epochs[0][:4]
         break
-    assert loader.state_dict() == {"epoch": 0, "delivered": 1, "global_batch": 4, "num_samples": 10}
+    at = {"epoch": 0, "delivered": 1, "global_batch": 4, "num_samples": 10, "order": "shuffled"}
+    assert loader.state_dict() == at
     assert flat(loader) == epochs[1]
     assert flat(loader) == epochs[2]
     assert loader.epoch == 3

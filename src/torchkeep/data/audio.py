@@ -74,6 +74,12 @@ class Clips(LabelledData):
         self.seconds = seconds or (known.seconds if known else None)
         self.augmentations = SoundAugmentations(tuple(augment), self.features == "log_mel")
         self.threads = not self.augmentations.has_callable
+        for name, given, known_values in (
+            ("features", self.features, ("log_mel", "waveform")), ("channels", self.channels, (1, 2, "mix")),
+        ):  # fmt: skip
+            if given not in known_values:
+                expected = f"one of {', '.join(map(repr, known_values))}"
+                raise SettingsError("recordings cannot be read so", where=name, got=repr(given), expected=expected)
         if self.features == "log_mel" and self.channels == 2:
             raise SettingsError(
                 "log-mels are made of one channel", where="channels", got=2, expected='1 or "mix"',

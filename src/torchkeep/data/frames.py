@@ -41,6 +41,7 @@ class Form:
     is_csv: bool = False
     columns: tuple[str, ...] = ()
     text: tuple[str, ...] = ()  # columns of free text, whose cells are kept to the letter
+    words: tuple[str, ...] = ()  # columns that are texts whatever this file's cells look like: "007" stays so
 
 
 def is_table(path: Path, form: Form = Form()) -> bool:
@@ -169,7 +170,8 @@ def _read_csv(path: Path, form: Form) -> Frame:
         raise _unreadable(path, error) from None
     if frame.num_rows:
         _check_closed(path, frame[names[-1]][-1].as_py(), frame.num_rows)
-    return pa.table({name: frame[name] if name in form.text else _typed(frame[name]) for name in names})
+    made = {name: frame[name] if name in form.text else _typed(frame[name], name in form.words) for name in names}
+    return pa.table(made)
 
 
 def _check_closed(path: Path, last: str, num_rows: int) -> None:
@@ -187,9 +189,11 @@ def _check_closed(path: Path, last: str, num_rows: int) -> None:
     )
 
 
-def _typed(texts: Any) -> Any:
+def _typed(texts: Any, are_words: bool) -> Any:
     trimmed = pc.utf8_trim_whitespace(texts)
     cells = pc.if_else(pc.is_in(trimmed, pa.array(MISSING)), pa.scalar(None, pa.string()), trimmed)
+    if are_words:
+        return cells
     for kind in (pa.int64(), pa.float64(), pa.timestamp("us")):
         try:
             return pc.cast(cells, kind)
@@ -237,11 +241,12 @@ def as_texts(column: Any) -> Any:
     """Categories and classes as texts, one array: 3 → "3", 3.0 → "3", True → "true"."""
     if pa.types.is_dictionary(column.type):
         column = pc.cast(column, column.type.value_type)
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), None, column)
-        if pc.all(pc.equal(column, pc.floor(column))).as_py():
-            column = pc.cast(column, pa.int64())
     texts = pc.cast(column, pa.string())
+    if pa.types.is_floating(column.type):  # cell by cell: what else a column holds must not change a word
+        column = pc.cast(column, pa.float64())
+        is_whole = pc.and_(pc.equal(column, pc.floor(column)), pc.less(pc.abs(column), 2.0**53))
+        whole = pc.cast(pc.cast(pc.if_else(is_whole, column, None), pa.int64()), pa.string())
+        texts = pc.if_else(pc.is_nan(column), None, pc.coalesce(whole, texts))
     return texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
 
 

@@ -25,6 +25,7 @@ from .audio import AudioTable
 from .dataset import Part
 from .frames import Frame, is_text, where_of
 from .images import ImageTable
+from .labels import hub_names
 from .samples import package_of
 from .streams import Stream
 from .tables import Table
@@ -79,7 +80,17 @@ def open_hub(name: str, split: str) -> HubFrame:
     if loaded._indices is not None:
         loaded = loaded.flatten_indices()
     described = loaded.features.arrow_schema.metadata
-    return HubFrame(loaded.data.table.replace_schema_metadata(described), where, str(loaded._fingerprint))
+    # of files on this disk the library's name follows times and places, not content: then the cells are hashed
+    identity = "" if _is_files(Path(_parsed(name)[0]).expanduser()) else str(loaded._fingerprint)
+    return HubFrame(loaded.data.table.replace_schema_metadata(described), where, identity)
+
+
+def _is_files(folder: Path) -> bool:
+    return folder.exists() and not _is_saved(folder)
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def open_hub_frame(
@@ -118,7 +129,7 @@ def _kind_of(frame: Frame, kind: Kind | Literal["auto"], column: str | None) -> 
     for wanted, feature in (("image", "Image"), ("audio", "Audio")):
         names = [name for name, described in features.items() if described.get("_type") == feature]
         if names and kind in ("auto", wanted):
-            return cast(Kind, wanted), column or names[0]
+            return cast(Kind, wanted), column or (wanted if wanted in names else names[0])
     texts = [name for name in frame.column_names if is_text(frame[name].type)]
     known = [name for name in _TEXT_COLUMNS if name in texts]
     if kind == "text" or (kind == "auto" and (known or column in texts)):
@@ -150,7 +161,7 @@ def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
     datasets = package_of("datasets", "hf")
     datasets.disable_progress_bars()
     wanted, folder = said or split, Path(called).expanduser()
-    is_saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+    is_saved = _is_saved(folder)
     try:
         if is_saved:
             loaded = datasets.load_from_disk(str(folder))
@@ -226,7 +237,8 @@ class HubStream(Stream):
         self._make: Callable[[list[dict[str, Any]], Any], KeyedDataset] = make
         self.reader = make(first, options.get("like"))
         if options.get("like") is None:
-            _check_learns_nothing(self.reader, options.get("tokenizer"), self._name)
+            named = hub_names(self._table(first), label or next(iter(self.reader.schema.targets), ""))
+            _check_learns_nothing(self.reader, options.get("tokenizer"), bool(named), self._name)
         super().__init__(_undecoded(source), None, length, buffer)
         self.schema = self.reader.schema
 
@@ -253,7 +265,14 @@ class HubStream(Stream):
         return self.reader.collate(samples)  # type: ignore[attr-defined]
 
 
-def _check_learns_nothing(reader: KeyedDataset, tokenizer: Any, name: str) -> None:
+def _check_learns_nothing(reader: KeyedDataset, tokenizer: Any, has_names: bool, name: str) -> None:
+    targets = [reader.schema[key].kind for key in reader.schema.targets]
+    if not has_names and any(kind in ("label", "multilabel", "number") for kind in targets):
+        raise DataError(
+            "a stream does not tell its classes, nor the mean of its numbers", where=name,
+            got=f"a target of kind {targets[0]!r} in the first {_AT_ONCE} rows", expected="a ClassLabel, or like=",
+            fix="streaming = false",
+        )  # fmt: skip
     is_words = isinstance(reader, Texts) and tokenizer in (None, "words")
     if is_words or isinstance(reader, Table):
         raise DataError(

@@ -225,12 +225,19 @@ class Listing:
 
     def __reduce__(self) -> Any:
         if self.saved_at is not None:  # another process maps it too
-            return Listing.open, (self.saved_at,)
+            return _reopened, (self.saved_at, self.fingerprint())
         return Listing, tuple(getattr(self, name) for name in _STORED)
 
 
 _STORED = ("root", "names", "sizes_bytes", "labels", "classes", "folders", "changed_ns", "pattern", "saved_at",
            "_fingerprint")  # fmt: skip
+
+
+def _reopened(folder: Path, fingerprint: str) -> Listing:
+    found = Listing.open(folder)
+    if found is None or found.fingerprint() != fingerprint:  # another run has listed the folder anew meanwhile
+        raise DataError("the saved listing of a folder has changed", where=folder, fix="start the run again")
+    return found
 
 
 def _mapped(path: Path, kind: Any) -> Array:

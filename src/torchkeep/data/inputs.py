@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _form_of(path: Path, form: Form) -> Form:
 
 
 def _encoded(path: Path, held: Table, form: Form, batch_size: int) -> Iterator[InputBatch]:
-    columns = encode_inputs(read_frame(path, form), held.encoding, str(path))
+    columns = encode_inputs(read_frame(path, replace(form, words=held.encoding.words)), held.encoding, str(path))
     total = len(next(iter(columns.values())))
     for start in range(0, total, batch_size):
         stop = min(start + batch_size, total)

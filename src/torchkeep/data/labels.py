@@ -254,7 +254,7 @@ def _in_order(texts: Any, column: Any, names: list[str]) -> tuple[str, ...]:
 
 
 def _several(column: Any, names: list[str], place: str, like: Field | None, separator: str | None) -> Labels:
-    column = _as_lists(column, place, separator)
+    column = _as_lists(column, place, separator, like is None)
     rows = np.repeat(np.arange(len(column)), pc.list_value_length(column).to_numpy())
     held = pc.list_flatten(column)
     _check_words(held.type, place, "lists of texts or whole numbers", like)
@@ -273,7 +273,7 @@ def _several(column: Any, names: list[str], place: str, like: Field | None, sepa
     return Labels("label", like or field, number_words(cells, classes), offsets)
 
 
-def _as_lists(column: Any, place: str, separator: str | None) -> Any:
+def _as_lists(column: Any, place: str, separator: str | None, is_new: bool) -> Any:
     """Lists of labels: texts are parted at the separator; where all cells hold one number they were read as such."""
     if _is_list(column.type):
         return column
@@ -283,7 +283,12 @@ def _as_lists(column: Any, place: str, separator: str | None) -> Any:
             expected="lists, or texts with a separator",
             fix="" if separator else 'separator = "|" if that stands between them',
         )  # fmt: skip
-    return pc.split_pattern(as_texts(column), separator)
+    texts = as_texts(column)
+    if is_new and is_text(column.type) and not pc.any(pc.match_substring(texts, separator)).as_py():
+        raise DataError(
+            "the separator is in no cell", where=place, got=repr(separator), expected='such as "|" in "a|b"'
+        )
+    return pc.split_pattern(texts, separator)
 
 
 def hub_names(frame: Frame, label: str) -> list[str]:

@@ -124,15 +124,21 @@ class Loader:
     def epoch(self) -> int:
         return self._epoch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
             "delivered": self._delivered,
             "global_batch": self.batch_size * self.world_size,
             "num_samples": self.num_samples,
+            "order": self._order_text,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    @property
+    def _order_text(self) -> str:
+        kind = "sampler" if self.sampler is not None else "weights" if self._cumulative is not None else ""
+        return f"{kind or ('shuffled' if self.shuffle else 'plain')}{', buckets' if self.has_buckets else ''}"
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last delivered batch.
 
         Raises:  CheckpointError while an epoch is under way, or where the batches were of another size
@@ -142,8 +148,8 @@ class Loader:
                 "a loader's state is loaded before its iteration begins", where="Loader.load_state_dict",
                 got="an epoch under way", fix="load the state first, then write: for batch in loader",
             )  # fmt: skip
-        for name, now in [("global_batch", self.batch_size * self.world_size), ("num_samples", self.num_samples)]:
-            if state[name] != now:
+        for name, now in self.state_dict().items():
+            if name not in ("epoch", "delivered") and state.get(name, now) != now:
                 raise CheckpointError(
                     "this loader's batches are not those of the saved state", where=f"Loader, {name}", got=now,
                     expected=state[name], fix="resume with the same data and batch_size times number of ranks",
@@ -387,20 +393,25 @@ def _read_in_worker(indices: Indices, key: ChanceKey) -> Batch:
 
 
 class _Laid(NamedTuple):
-    """A tensor's values with its axes in the order of memory: another layout would choose other kernels, other bits."""
+    """A tensor's values in the order of memory, and its strides: with others a kernel would give other bits."""
 
-    array: np.ndarray[Any, Any]
-    axes: tuple[int, ...]
+    values: np.ndarray[Any, Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 def _as_array(value: Any) -> Any:
     # arrays travel through the pipe: torch's own way names shared memory, which a kill leaves behind
     if isinstance(value, Tensor) and value.dtype != torch.bfloat16:
-        value = value.detach()
-        if value.is_contiguous():
+        value, shape, strides = value.detach(), tuple(value.shape), value.stride()
+        if (
+            strides == torch.empty(shape, device="meta").stride()
+        ):  # is_contiguous() says yes to one channel, channels last
             return value.numpy()
-        axes = tuple(sorted(range(value.ndim), key=value.stride, reverse=True))
-        return _Laid(value.permute(axes).numpy(), axes)
+        is_dense = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1 == value.numel()
+        if not is_dense or 0 in strides:
+            return value.contiguous().numpy()
+        return _Laid(value.as_strided((value.numel(),), (1,)).numpy(), shape, strides)
     return _mapped(_as_array, value)
 
 
@@ -408,7 +419,7 @@ def _as_tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.from_numpy(value)
     if isinstance(value, _Laid):
-        return torch.from_numpy(value.array).permute(tuple(int(axis) for axis in np.argsort(value.axes)))
+        return torch.from_numpy(value.values).as_strided(value.shape, value.strides)
     return _mapped(_as_tensor, value)
 
 

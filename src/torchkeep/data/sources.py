@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
 from ..contracts import KeyedDataset
-from ..errors import DataError, TorchkeepError, nearest
+from ..errors import DataError, SettingsError, TorchkeepError, nearest
 from ..settings import Settings
 from ..usercode import CodeReference, is_reference, line_in, read_reference
 from . import sounds
@@ -174,12 +174,19 @@ class DataSettings(Settings):
 
     def text_options(self, base: Path, like: Any) -> dict[str, Any]:
         """What a dataset of texts is made with: the tokenizer is that of the training data where there are some."""
+        self._check_no_augment("texts")
         tokenizer = self.tokenizer if like is None else None
         return {"tokenizer": tokenizer, "max_length": self.max_length, "base": base}
 
     def table_options(self) -> dict[str, Any]:
         """What a table of numbers is made with."""
+        self._check_no_augment("tables of numbers")
         return {"drop": self.drop, "categories": self.categories, "id": self.id}
+
+    def _check_no_augment(self, what: str) -> None:
+        if self.augment:
+            got = ", ".join(self.augment)
+            raise SettingsError(f"{what} have no augmentations", where="data.augment", got=got, expected="none")
 
     @property
     def predicted(self) -> str | None:
@@ -313,6 +320,8 @@ def kind_of_table(settings: DataSettings, path: Path) -> Kind:
     names = column_names(path, settings.form)
     if settings.audio is not None or settings.text is not None:
         return "audio" if settings.audio is not None else "text"
+    if settings.image != "image":  # said: where it is missing, that is a slip
+        return "image"
     if _has_bytes(path, settings.image, names):
         return "image"
     if _has_bytes(path, "audio", names):
@@ -337,12 +346,19 @@ def _open_hub(settings: DataSettings, source: str, base: Path, like: Any, role: 
     like = getattr(whole(like), "reader", like)
     options: dict[str, Any] = {"like": like} if like is not None else {}
     kind = settings.kind
-    column = {"text": settings.text, "audio": settings.audio}.get(kind) or settings.text or settings.audio
+    image = settings.image if settings.image != "image" else None
+    column = {"text": settings.text, "audio": settings.audio, "image": image}.get(kind) or settings.text
+    column = column or settings.audio or image
+    if settings.masks:
+        raise DataError(
+            "a dataset of the hub has no folder of masks", where="data.masks", fix="data.mask names a column"
+        )
     if kind == "auto" and (settings.text or settings.audio):
         kind = "text" if settings.text else "audio"
     by_kind = {
-        "image": lambda: settings.image_options(train), "audio": lambda: settings.audio_options(train),
-        "text": lambda: settings.text_options(base, like), "table": settings.table_options,
+        "image": lambda: settings.image_options(train) | {"mask": settings.mask},
+        "audio": lambda: settings.audio_options(train), "text": lambda: settings.text_options(base, like),
+        "table": settings.table_options,
     }  # fmt: skip
     if kind == "auto":
         kind = hub_kind(name, _HUB_SPLITS[role], settings.streaming)

@@ -12,6 +12,7 @@ from ..chance import ChanceKey, keyed_uniform
 from ..contracts import KeyedDataset
 from ..errors import DataError, SettingsError
 from .dataset import Indices, Part, whole_column
+from .streams import Stream
 
 Rule = Literal["label", "random"] | str
 """How a part is chosen: "label", "random", "group:COLUMN" or "time:COLUMN"."""
@@ -20,7 +21,7 @@ _SLACK = 1e-9  # 10 · 0.3 is a little under 3
 
 
 def split(
-    dataset: KeyedDataset, valid: float, seed: int, by: Rule = "label", test: float | None = None
+    dataset: KeyedDataset, valid: float, seed: int = 0, by: Rule = "label", test: float | None = None
 ) -> tuple[KeyedDataset, ...]:
     """(train, valid) or, with ``test``, (train, valid, test): fractions of the samples, without augmentation but train.
 
@@ -33,6 +34,8 @@ def split(
 
     Raises:  DataError if a part would be empty, SettingsError for another rule
     """
+    if isinstance(dataset, Stream):
+        raise DataError("a stream cannot be split by number", where="valid_fraction", fix="name data.valid")
     rest = np.arange(len(dataset))
     parts: list[Indices] = []
     for fraction, operation in ((test, "split/test"), (valid, "split")):
@@ -40,12 +43,27 @@ def split(
             kept, taken = _indices_by(dataset, rest, fraction, seed, by, operation)
             parts.insert(0, rest[taken])
             rest = rest[kept]
+    _check_learned(dataset, rest, parts)
     learn = getattr(dataset, "learned_from", None)
     learned = cast(KeyedDataset, learn(rest) if learn is not None else dataset)
     return cast(
         "tuple[KeyedDataset, ...]",
         (Part(learned, rest), *(Part(learned, taken).without_augmentation() for taken in parts)),
     )
+
+
+def _check_learned(dataset: KeyedDataset, rest: Indices, parts: list[Indices]) -> None:
+    """Raises:  DataError where a part has a class that training would never see"""
+    labels = getattr(dataset, "labels", None)
+    unseen = np.setdiff1d(labels[np.concatenate(parts)], labels[rest]) if labels is not None and parts else np.empty(0)
+    if len(unseen):
+        classes = next(field.classes for field in dataset.schema.values() if field.kind == "label")
+        names = [classes[int(number)] if classes else str(number) for number in unseen[:5]]
+        raise DataError(
+            "a class is not among those of the training data", where="data.split_by",
+            got=f"{', '.join(map(repr, names))} in a part that was set apart, and not in training",
+            expected="each class in the training part", fix='split_by = "label" leaves each class a training sample',
+        )  # fmt: skip
 
 
 def _indices_by(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ from .frames import (
     is_category,
     is_date,
     is_number,
+    is_text,
     number_words,
     read_frame,
     require_column,
@@ -85,6 +86,7 @@ class TableEncoding:
     classes: tuple[str, ...]
     target_mean: float = 0.0
     target_std: float = 1.0
+    words: tuple[str, ...] = ()  # columns of texts: in another file they are texts too, whatever its cells look like
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -132,9 +134,9 @@ class Table(Columns):
         self.where = where_of(source)
         self._unused = {*drop, *([id] if id else [])}
         self._forced, self._id = set(categories), id
-        self._frame = frame = read_frame(source, form or Form())
-        self.rows = np.arange(frame.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
         known = _encoding_of(like, self.where)
+        self._frame = frame = read_frame(source, replace(form or Form(), words=known.words if known else ()))
+        self.rows = np.arange(frame.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
         for setting, names in (("drop", drop), ("categories", categories)) if known is None else ():
             for name in names:
                 require_column(frame, name, self.where, setting)
@@ -219,6 +221,7 @@ def _learn(frame: Frame, target: str, task: Task, unused: set[str], forced: set[
         classes=tuple(_classes_of(frame[target])) if found == "classification" else (),
         target_mean=mean,
         target_std=std,
+        words=tuple(name for name in (*categories, target) if is_text(frame[name].type)),
     )
 
 
@@ -250,7 +253,9 @@ def _microseconds(column: Any) -> np.ndarray[Any, Any]:
 
 
 def _date_part(column: Any, feature: NumberFeature, where: str) -> np.ndarray[Any, Any]:
-    if not is_date(column.type) and not pa.types.is_null(column.type):
+    if column.null_count == len(column):  # a file whose cells are all empty does not say what they are
+        return np.full(len(column), np.nan)
+    if not is_date(column.type):
         raise DataError(
             "a column of dates holds something else",
             where=f"{where}: column {feature.column!r}",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import xxhash
@@ -318,11 +319,18 @@ class TextBlocks(KeyedData):
     The texts stand one after another, each ended by the token that an empty text becomes. They are made into tokens
     once, when the first block or the number of blocks is asked for, and then held, two or four bytes a token.
 
+    ``texts`` is a dataset of texts, or a folder, a table or a list of them, with the options of ``Texts``.
+
     Shapes:  "input_ids" int64 (T,), "target" int64 (T,), the tokens that follow; T is ``block_size``
     Raises:  DataError where the texts do not fill one block
     """
 
-    def __init__(self, texts: Texts, block_size: int):
+    def __init__(self, texts: Texts | str | Path | Sequence[str], block_size: int, **options: Any):
+        if isinstance(texts, str | Path) and Path(texts).is_dir():
+            texts = TextFolder(texts, has_classes=False, **options)
+        elif not isinstance(texts, Texts):
+            held = texts if isinstance(texts, str | Path) else pa.table({"text": list(texts)})
+            texts = TextTable(held, target=None, **options)
         self.texts, self.block_size, self.where = texts, block_size, texts.where
         shape, count = (block_size,), self.tokenizer.num_tokens
         target = Field("tokens", shape, num_tokens=count, is_target=True)
@@ -386,7 +394,7 @@ class TextBlocks(KeyedData):
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch:
         """Shapes:  indices (B,) → "input_ids" and "target" int64 (B, T)"""
         tokens = torch.from_numpy(self.stream[self._places(indices)].astype(np.int64))
-        return {"input_ids": tokens[:, :-1], "target": tokens[:, 1:]}
+        return {"input_ids": tokens[:, :-1].contiguous(), "target": tokens[:, 1:].contiguous()}
 
     def fingerprint(self) -> str:
         return xxhash.xxh3_128_hexdigest(f"{self.texts.fingerprint()}|{self.block_size}".encode())

@@ -80,14 +80,9 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        keep_last: int = 2,
-        keep_best: int = 1,
-        metric: str | None = None,
-        mode: Mode | None = None,
-        warn: Callable[[str], None] | None = None,
-    ):
+        self, folder: str | Path, keep_last: int = 2, keep_best: int = 1, metric: str | None = None,
+        mode: Mode | None = None, warn: Callable[[str], None] | None = None,
+    ):  # fmt: skip
         self.folder = Path(folder)
         self.keep_last, self.keep_best, self.metric = keep_last, keep_best, metric
         self.mode: Mode = mode or better_mode(metric or "loss")
@@ -136,12 +131,10 @@ class Checkpoints:
         later = [found for found in self.steps() if _step_of(found) > step]
         if later and not find_damage(later[-1]):
             raise CheckpointError(
-                "this folder holds a later checkpoint",
-                where=self.folder,
-                got=f"{later[-1].name}, while step {step} is saved",
-                expected="steps that grow",
+                "this folder holds a later checkpoint", where=self.folder,
+                got=f"{later[-1].name}, while step {step} is saved", expected="steps that grow",
                 fix="go on from latest(), or save in another folder",
-            )
+            )  # fmt: skip
         if later:
             self.repair()  # what this course went back over was damaged
         with DurableFolder(path, replace=True) as folder:
@@ -212,12 +205,10 @@ class Checkpoints:
         data = read_json(path / _STATE)
         if data.get("format") != FORMAT:
             raise CheckpointError(
-                "this checkpoint was written in another format",
-                where=path / _STATE,
-                got=f"format {data.get('format')}",
-                expected=f"format {FORMAT}",
+                "this checkpoint was written in another format", where=path / _STATE,
+                got=f"format {data.get('format')}", expected=f"format {FORMAT}",
                 fix="pip install --upgrade torchkeep",
-            )
+            )  # fmt: skip
         state = {}
         for part, tree in data["state"].items():
             file = path / f"{data['files'].get(part)}.safetensors"

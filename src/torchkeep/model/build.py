@@ -64,12 +64,10 @@ def build_model(
     builder = BUILT_IN.get(settings.name)
     if builder is None:
         raise ModelError(
-            "there is no such model",
-            where="model.name",
-            got=repr(settings.name),
+            "there is no such model", where="model.name", got=repr(settings.name),
             expected=f"one of {', '.join(BUILT_IN)}, or file.py:function",
             fix=nearest(settings.name, list(BUILT_IN)),
-        )
+        )  # fmt: skip
     _check_inputs(settings.name, schema, sizes)
     return _in_units(_call(builder, settings, sizes | {"num_classes": sizes["num_outputs"]}), schema)
 
@@ -118,12 +116,9 @@ def _check_inputs(name: str, schema: Schema, sizes: dict[str, Any]) -> None:
         return
     fits = [other for other, (needed, _) in _NEEDS.items() if needed in sizes]
     raise ModelError(
-        f"{name} needs {what}",
-        where="model.name",
-        got=f"data with {', '.join(schema.inputs) or 'no inputs'}",
-        expected=what,
-        fix=f'model.name = "{fits[0]}"' if fits else "set data.image_size" if name == "mlp" else "",
-    )
+        f"{name} needs {what}", where="model.name", got=f"data with {', '.join(schema.inputs) or 'no inputs'}",
+        expected=what, fix=f'model.name = "{fits[0]}"' if fits else "set data.image_size" if name == "mlp" else "",
+    )  # fmt: skip
 
 
 def _numel(shape: tuple[int | None, ...]) -> int:
@@ -148,12 +143,9 @@ def _call(function: Callable[..., Any], settings: ModelSettings, sizes: dict[str
     wrong = [name for name in settings.args if name not in known and not takes_any]
     if wrong:
         raise ModelError(
-            "this model has no such argument",
-            where=f"model.args.{wrong[0]}",
-            got=repr(wrong[0]),
-            expected=f"one of {', '.join(known)}",
-            fix=nearest(wrong[0], list(known)),
-        )
+            "this model has no such argument", where=f"model.args.{wrong[0]}", got=repr(wrong[0]),
+            expected=f"one of {', '.join(known)}", fix=nearest(wrong[0], list(known)),
+        )  # fmt: skip
     given = {name: value for name, value in sizes.items() if name in known} | settings.args
     try:
         model = function(**given)
@@ -168,11 +160,9 @@ def _call(function: Callable[..., Any], settings: ModelSettings, sizes: dict[str
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(
-            "this function gives no model",
-            where=f"model.name = {settings.name!r}",
-            got=type(model).__name__,
+            "this function gives no model", where=f"model.name = {settings.name!r}", got=type(model).__name__,
             expected="a torch.nn.Module",
-        )
+        )  # fmt: skip
     return model
 
 

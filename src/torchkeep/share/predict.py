@@ -98,12 +98,9 @@ def said_of(output: Tensor, target: Field | None, loss: str = "") -> list[dict[s
 
 def _says_more(got: str) -> ModelError:
     return ModelError(
-        "this model says more than one thing of an input",
-        where="predict",
-        got=got,
-        expected="(B, K) logits or (B,) numbers",
-        fix="run.model() gives the model to call yourself",
-    )
+        "this model says more than one thing of an input", where="predict", got=got,
+        expected="(B, K) logits or (B,) numbers", fix="run.model() gives the model to call yourself",
+    )  # fmt: skip
 
 
 def _several(probabilities: Tensor, classes: Sequence[str]) -> dict[str, Any]:

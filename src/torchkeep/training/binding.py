@@ -30,14 +30,9 @@ class Binding:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        known_targets: Sequence[str] = (),
-        inputs: Inputs | None = None,
-        targets: Keys | None = None,
-        with_targets: bool = False,
-    ):
+        self, model: nn.Module, batch: Batch, known_targets: Sequence[str] = (), inputs: Inputs | None = None,
+        targets: Keys | None = None, with_targets: bool = False,
+    ):  # fmt: skip
         self.model = model
         self._parameters = _forward_parameters(model)
         self._takes_all = not self._parameters and _takes_keywords(model)

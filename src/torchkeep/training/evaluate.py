@@ -28,17 +28,10 @@ class Evaluation:
     """
 
     def __init__(
-        self,
-        binding: Binding,
-        objective: Objective,
-        mover: Mover,
-        metrics: Sequence[Metric | Adapted],
-        *,
-        precision: str = "fp32",
-        average: Average | None = None,
-        user_step: UserStep | None = None,
+        self, binding: Binding, objective: Objective, mover: Mover, metrics: Sequence[Metric | Adapted], *,
+        precision: str = "fp32", average: Average | None = None, user_step: UserStep | None = None,
         stepper: Stepper | None = None,
-    ):
+    ):  # fmt: skip
         self._binding, self._objective, self._mover = binding, objective, mover
         self._metrics, self._precision, self.average = metrics, precision, average
         self._user_step, self._stepper = user_step, stepper

@@ -125,8 +125,10 @@ class RSquared(Metric):
     """The share of the targets' variance that is predicted: 1 - Σ(target - output)² / Σ(target - mean)²."""
 
     def _measure(self, output: Tensor, target: Tensor) -> Tensor:
-        kind = torch.float32 if target.device.type == "mps" else torch.float64
-        truth, said = target.to(kind).flatten(), aligned(output, target).to(kind).flatten()
+        output = aligned(output, target)
+        if target.device.type == "mps":  # which has no float64, and squares of large numbers need it
+            output, target = output.cpu(), target.cpu()
+        truth, said = target.double().flatten(), output.double().flatten()
         return torch.stack(
             [truth.new_tensor(len(truth)), truth.sum(), truth.square().sum(), (truth - said).square().sum()]
         )

@@ -82,13 +82,9 @@ class Objective:
 
 
 def choose_objective(
-    loss: Any,
-    binding: Binding,
-    batch_target: Any,
-    class_weights: list[float] | None,
-    label_smoothing: float,
+    loss: Any, binding: Binding, batch_target: Any, class_weights: list[float] | None, label_smoothing: float,
     field: Field | None = None,
-) -> tuple[Objective, str]:
+) -> tuple[Objective, str]:  # fmt: skip
     """The objective, and the reason where it was chosen. ``field`` says what the target is, where the data know.
 
     A squared error is divided by the variance of the training targets where that is known: 1 is the loss of their mean.

@@ -167,14 +167,10 @@ class Optimizers:
     """One or several optimisers, their schedule and the scaler: everything that an update changes but the model."""
 
     def __init__(
-        self,
-        by_name: dict[str, torch.optim.Optimizer],
-        factor: RateFactor | None,
-        total_steps: int,
-        scheduler: Any = None,
-        scheduler_every: Literal["step", "epoch"] = "step",
+        self, by_name: dict[str, torch.optim.Optimizer], factor: RateFactor | None, total_steps: int,
+        scheduler: Any = None, scheduler_every: Literal["step", "epoch"] = "step",
         scaler: torch.amp.GradScaler | None = None,
-    ):
+    ):  # fmt: skip
         self.by_name = by_name
         self.scaler = scaler
         self._factor = factor

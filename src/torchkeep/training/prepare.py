@@ -30,7 +30,7 @@ from .decisions import Decisions
 from .device import Mover, autocast, choose_device, choose_precision, choose_threads, make_scaler
 from .evaluate import Evaluation
 from .loop import Signals, Training
-from .metrics import Adapted, Metric, make_metrics
+from .metrics import Accuracy, Adapted, ClassCounts, Metric, TopK, make_metrics
 from .objective import Objective, check_fit, choose_objective, prediction_of
 from .optim import Average, Optimizers, can_fuse, make_optimizer, own_optimizers, rate_factor
 from .recipe import RunSettings
@@ -266,7 +266,14 @@ class Prepared:
         return max([field.num_classes for field in fields if field.kind in ("label", "mask")] or [0])
 
     def _try_metrics(self, output: Any, target: Any) -> None:
+        fields = [self.work.train.schema.fields.get(name) for name in self.binding.targets]
+        is_number = any(field is not None and field.kind == "number" for field in fields)
         for metric in self.metrics:
+            if is_number and isinstance(metric, Accuracy | TopK | ClassCounts):
+                raise SettingsError(
+                    "this metric is of classes, and the target is a number", where=f"train.metrics: {metric.name}",
+                    got="a target of numbers", expected="r2, mean_absolute_error",
+                )  # fmt: skip
             try:
                 metric.update(output, target)
                 metric.compute()

@@ -60,20 +60,10 @@ class Stepper:
     """Takes a step with one batch, or with several micro-batches that make one update."""
 
     def __init__(
-        self,
-        binding: Binding,
-        objective: Objective,
-        optimizers: Optimizers,
-        mover: Mover,
-        clock: Clock,
-        *,
-        seed: int = 0,
-        precision: str = "fp32",
-        clip_norm: float | None = None,
-        average: Average | None = None,
-        metrics: Sequence[Metric | Adapted] = (),
-        user_step: UserStep | None = None,
-    ):
+        self, binding: Binding, objective: Objective, optimizers: Optimizers, mover: Mover, clock: Clock, *,
+        seed: int = 0, precision: str = "fp32", clip_norm: float | None = None, average: Average | None = None,
+        metrics: Sequence[Metric | Adapted] = (), user_step: UserStep | None = None,
+    ):  # fmt: skip
         self.model = binding.model
         self.optimizers = optimizers
         self._binding, self._objective, self._mover, self._clock = binding, objective, mover, clock

@@ -30,12 +30,9 @@ class _Sources(Settings):
 
 
 def survey(
-    sources: str | Path | Sequence[str | Path] | Mapping[str, Any],
-    *,
-    set: Sequence[str] = (),
-    output: str | Path | None = None,
-    progress: Progress | None = None,
-) -> Survey:
+    sources: str | Path | Sequence[str | Path] | Mapping[str, Any], *, set: Sequence[str] = (),
+    output: str | Path | None = None, progress: Progress | None = None,
+) -> Survey:  # fmt: skip
     """What is in the data of a recipe, of one or more sources such as ``data.train`` names, or of datasets by split.
 
     Sources are the splits, named by a word such as "val" in their paths, else train, valid and test in order. ``set``

@@ -49,7 +49,7 @@ def show_survey(console: Console, found: Json) -> None:
         console.warn(": ".join(filter(None, (row["split"], row["what"], row["which"]))))
         if row["fix"]:
             console.say(f"         fix: {row['fix']}")
-    if not found["problems"]:
+    if not found["problems"] and not bad:
         console.say("labels and samples: no problems")
 
 

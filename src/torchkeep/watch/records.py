@@ -74,14 +74,9 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        attempt: int,
-        views: Sequence[View] = (),
-        on_record: Sequence[Callable[[Record], None]] = (),
-        on_alert: Callable[[str], None] | None = None,
-    ):
+        self, path: Path, *, attempt: int, views: Sequence[View] = (),
+        on_record: Sequence[Callable[[Record], None]] = (), on_alert: Callable[[str], None] | None = None,
+    ):  # fmt: skip
         self.path = path
         self.attempt = attempt
         self.view_errors = 0
@@ -437,12 +432,10 @@ def _parse(line: bytes, path: Path, number: int | str) -> Record:
             raise ValueError("JSON that is no record")
     except ValueError as error:
         raise RunFolderError(
-            "the record is damaged",
-            where=f"{path}, line {number}",
-            got=f"{line[:60]!r} ({error})",
+            "the record is damaged", where=f"{path}, line {number}", got=f"{line[:60]!r} ({error})",
             expected="one record as JSON a line",
             fix="restore the file from a copy, or take this line out: every other line stands for itself",
-        ) from None
+        ) from None  # fmt: skip
     if b'"NaN"' in line or b'Infinity"' in line:
         return {key: _floats(value) for key, value in record.items()}
     return record

@@ -265,7 +265,7 @@ def test_a_file_that_vanishes_or_changes_its_content_is_named(folder: Path) -> N
         with pytest.raises(BadSampleError) as caught:
             data.read(index, ChanceKey(0, 1))
         for fragment in [*fragments, "epoch 2"]:
-            assert fragment in caught.value.message()
+            assert fragment in caught.value.said()
 
 
 # --- folders, loaders

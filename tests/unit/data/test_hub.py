@@ -215,8 +215,12 @@ def test_a_stream_draws_by_its_place_and_goes_on_anywhere(folders: dict[str, Pat
 def test_a_stream_without_a_length_or_with_something_to_learn_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(DataError, match="not known"):
         HubStream(folders["image"])
-    for kind, options in (("text", {}), ("text", {"tokenizer": "words"}), ("table", {})):
-        with pytest.raises(DataError, match="nothing can be learned") as caught:
+    for kind, options, said in (
+        ("text", {}, "nothing can be learned"),
+        ("text", {"tokenizer": "words"}, "nothing can be learned"),
+        ("table", {}, "nor the mean of its numbers"),
+    ):
+        with pytest.raises(DataError, match=said) as caught:
             HubStream(folders[kind], length=SIZE, **options)
         assert str(folders[kind]) in caught.value.where
 

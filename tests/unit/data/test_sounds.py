@@ -159,5 +159,5 @@ def test_a_callable_gets_the_sample_and_a_keyed_generator() -> None:
 def test_augmentations_that_cannot_be(augment: list[str], features: Any, fragment: str) -> None:
     with pytest.raises(SettingsError) as caught:
         clips([tone()], augment=augment, features=features)
-    assert fragment in caught.value.message()
+    assert fragment in caught.value.said()
     assert isinstance(clips([tone()]), Clips)

@@ -24,7 +24,7 @@ def refused(frame: Any, *fragments: str, target: str = "y", **options: Any) -> N
     with pytest.raises(DataError) as caught:
         Table(frame, target, **options)
     for fragment in fragments:
-        assert fragment in caught.value.message()
+        assert fragment in caught.value.said()
 
 
 def features(data: Table) -> dict[str, np.ndarray]:
@@ -182,5 +182,7 @@ def test_a_class_that_only_validation_has_is_named() -> None:
     frame = pa.table({"x": list(range(8)), "when": list(range(8)), "y": ["a", "b"] * 3 + ["c", "c"]})
     with pytest.raises(DataError, match="not among those of the training data") as caught:
         split(Table(frame, "y"), 0.25, 0, "time:when")
-    assert "row 6" in caught.value.where
     assert "'c'" in caught.value.got
+    with pytest.raises(DataError, match="not among those of the training data") as caught:
+        Table(frame, "y", rows=range(6, 8), like=Table(frame, "y", rows=range(6)))
+    assert "row 6" in caught.value.where

@@ -116,7 +116,7 @@ def test_a_table_without_a_text_or_label_in_each_row_is_refused(
     with pytest.raises(DataError) as caught:
         TextTable(frame, **options)
     for fragment in fragments:
-        assert fragment in caught.value.message()
+        assert fragment in caught.value.said()
 
 
 def test_a_long_text_is_cut_at_max_length(tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_a_full_disk_is_said_at_the_checkpoint_and_overcome(tmp_path: Path) -> N
             try:
                 recorder.flush(durable=True)
             except StorageError as error:
-                print(error.message())
+                print(error.said())
         if sys.argv[2] == "freed":
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
             recorder.close()

@@ -32,6 +32,7 @@ from .tables import Table
 from .text import Texts, TextTable
 
 Kind = Literal["image", "audio", "text", "table"]
+ByKind = Callable[[Kind], dict[str, Any]]
 
 _NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 _TEXT_COLUMNS = ("text", "sentence", "content")
@@ -57,17 +58,17 @@ class HubDataset(Part):
 
     The kind ("image", "audio", "text" or "table") and the columns are found by their features, or named: ``column``
     is the one with the images, recordings or texts, ``label`` what is to be predicted. Other options go to the dataset
-    of that kind, which is ``dataset``.
+    of that kind, which is ``dataset``; ``by_kind`` gives further ones, once the kind is known.
 
     Raises:  DataError for a name that is not there, a split it does not have, or columns that are not what is needed
     """
 
     def __init__(
         self, name: str | Path, split: str | None = None, *, kind: Kind | Literal["auto"] = "auto",
-        column: str | None = None, label: str | None = None, **options: Any,
+        column: str | None = None, label: str | None = None, by_kind: ByKind | None = None, **options: Any,
     ):  # fmt: skip
         held = open_hub(str(name), split or "train")
-        opened = open_hub_frame(held, kind, column, label, **options)
+        opened = open_hub_frame(held, kind, column, label, by_kind, **options)
         super().__init__(opened, np.arange(len(opened)))
 
 
@@ -94,8 +95,9 @@ def _is_saved(folder: Path) -> bool:
 
 
 def open_hub_frame(
-    held: HubFrame, kind: Kind | Literal["auto"], column: str | None, label: str | None, **options: Any
-) -> KeyedDataset:
+    held: HubFrame, kind: Kind | Literal["auto"], column: str | None, label: str | None,
+    by_kind: ByKind | None = None, **options: Any,
+) -> KeyedDataset:  # fmt: skip
     """The dataset of this wing that reads a table of Hugging Face's.
 
     Raises:  DataError where a column is missing
@@ -105,7 +107,7 @@ def open_hub_frame(
         without = None if found == "text" else "label"  # texts alone are what a language model learns from
         label = next((known for known in _LABEL_COLUMNS if known in held.frame.column_names), without)
     try:
-        made = _made(held, found, name, label, options)
+        made = _made(held, found, name, label, options | (by_kind(found) if by_kind else {}))
     except DataError as error:
         error.where = error.where.replace(where_of(held.frame), held.where)
         raise
@@ -135,18 +137,6 @@ def _kind_of(frame: Frame, kind: Kind | Literal["auto"], column: str | None) -> 
     if kind == "text" or (kind == "auto" and (known or column in texts)):
         return "text", column or (known or texts or ["text"])[0]
     return (kind if kind != "auto" else "table"), column or (kind if kind != "auto" else "")
-
-
-def hub_kind(name: str, split: str, streaming: bool) -> Kind:
-    """What a dataset holds, by its features.
-
-    Raises:  DataError as ``open_hub``
-    """
-    loaded, _ = _loaded(name, split, streaming)
-    if loaded.features is None:
-        return "text"
-    schema = loaded.features.arrow_schema
-    return _kind_of(schema.empty_table(), "auto", None)[0]
 
 
 def _features(frame: Frame) -> dict[str, Any]:
@@ -222,7 +212,8 @@ class HubStream(Stream):
 
     def __init__(
         self, name: str | Path, split: str | None = None, *, length: int | None = None, buffer: int = 1024,
-        kind: Kind | Literal["auto"] = "auto", column: str | None = None, label: str | None = None, **options: Any,
+        kind: Kind | Literal["auto"] = "auto", column: str | None = None, label: str | None = None,
+        by_kind: ByKind | None = None, **options: Any,
     ):  # fmt: skip
         source, self._name = _loaded(str(name), split or "train", streaming=True)
         self._arrow = source.features.arrow_schema if source.features is not None else None
@@ -232,13 +223,13 @@ class HubStream(Stream):
 
         def make(rows: list[dict[str, Any]], like: Any) -> KeyedDataset:
             given = options if like is None else {**options, "like": like}
-            return open_hub_frame(HubFrame(self._table(rows), self._name, ""), kind, column, label, **given)
+            return open_hub_frame(HubFrame(self._table(rows), self._name, ""), kind, column, label, by_kind, **given)
 
         self._make: Callable[[list[dict[str, Any]], Any], KeyedDataset] = make
         self.reader = make(first, options.get("like"))
         if options.get("like") is None:
             named = hub_names(self._table(first), label or next(iter(self.reader.schema.targets), ""))
-            _check_learns_nothing(self.reader, options.get("tokenizer"), bool(named), self._name)
+            _check_learns_nothing(self.reader, bool(named), self._name)
         super().__init__(_undecoded(source), None, length, buffer)
         self.schema = self.reader.schema
 
@@ -265,7 +256,7 @@ class HubStream(Stream):
         return self.reader.collate(samples)  # type: ignore[attr-defined]
 
 
-def _check_learns_nothing(reader: KeyedDataset, tokenizer: Any, has_names: bool, name: str) -> None:
+def _check_learns_nothing(reader: KeyedDataset, has_names: bool, name: str) -> None:
     targets = [reader.schema[key].kind for key in reader.schema.targets]
     if not has_names and any(kind in ("label", "multilabel", "number") for kind in targets):
         raise DataError(
@@ -273,7 +264,7 @@ def _check_learns_nothing(reader: KeyedDataset, tokenizer: Any, has_names: bool,
             got=f"a target of kind {targets[0]!r} in the first {_AT_ONCE} rows", expected="a ClassLabel, or like=",
             fix="streaming = false",
         )  # fmt: skip
-    is_words = isinstance(reader, Texts) and tokenizer in (None, "words")
+    is_words = isinstance(reader, Texts) and reader.learns
     if is_words or isinstance(reader, Table):
         raise DataError(
             "a stream is not read before its training, so that nothing can be learned from it",

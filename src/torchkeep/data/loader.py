@@ -152,7 +152,7 @@ class Loader:
             if name not in ("epoch", "delivered") and state.get(name, now) != now:
                 raise CheckpointError(
                     "this loader's batches are not those of the saved state", where=f"Loader, {name}", got=now,
-                    expected=state[name], fix="resume with the same data and batch_size times number of ranks",
+                    expected=state[name], fix="resume with the same data, order, and batch_size times number of ranks",
                 )  # fmt: skip
         self._epoch, self._delivered, self._is_begun = state["epoch"], state["delivered"], False
 
@@ -404,9 +404,8 @@ def _as_array(value: Any) -> Any:
     # arrays travel through the pipe: torch's own way names shared memory, which a kill leaves behind
     if isinstance(value, Tensor) and value.dtype != torch.bfloat16:
         value, shape, strides = value.detach(), tuple(value.shape), value.stride()
-        if (
-            strides == torch.empty(shape, device="meta").stride()
-        ):  # is_contiguous() says yes to one channel, channels last
+        # not is_contiguous(): that says yes to one channel that is channels last
+        if strides == torch.empty(shape, device="meta").stride():
             return value.numpy()
         is_dense = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1 == value.numel()
         if not is_dense or 0 in strides:

@@ -24,7 +24,7 @@ from .audio import AUDIO_SUFFIXES, AudioFolder, AudioTable, Clips
 from .augment import NAMES as IMAGE_AUGMENTATIONS
 from .dataset import whole
 from .frames import PARQUET, TABLE_SUFFIXES, Form, column_names, is_table
-from .hub import HubDataset, HubStream, hub_kind, is_hub_name
+from .hub import HubDataset, HubStream, is_hub_name
 from .images import IMAGE_SUFFIXES, IdxImages, ImageFolder, ImageTable
 from .splits import split
 from .tables import Table
@@ -355,20 +355,21 @@ def _open_hub(settings: DataSettings, source: str, base: Path, like: Any, role: 
         )
     if kind == "auto" and (settings.text or settings.audio):
         kind = "text" if settings.text else "audio"
-    by_kind = {
-        "image": lambda: settings.image_options(train) | {"mask": settings.mask},
-        "audio": lambda: settings.audio_options(train), "text": lambda: settings.text_options(base, like),
-        "table": settings.table_options,
-    }  # fmt: skip
-    if kind == "auto":
-        kind = hub_kind(name, _HUB_SPLITS[role], settings.streaming)
-    options |= by_kind[kind]() | ({} if kind == "table" else {"id": settings.id, "separator": settings.separator})
-    said: dict[str, Any] = {"kind": kind, "column": column, "label": settings.predicted, **options}
+
+    def by_kind(found: Kind) -> dict[str, Any]:
+        if found == "table":
+            return settings.table_options()
+        rows = {"id": settings.id, "separator": settings.separator}
+        if found == "image":
+            return rows | settings.image_options(train) | {"mask": settings.mask}
+        return rows | (settings.audio_options(train) if found == "audio" else settings.text_options(base, like))
+
+    said = {"kind": kind, "column": column, "label": settings.predicted, "by_kind": by_kind, **options}
     if settings.streaming:
         return cast(KeyedDataset, HubStream(name, _HUB_SPLITS[role], length=settings.length, **said))
     opened = HubDataset(name, _HUB_SPLITS[role], **said)
-    blocks = settings.block_size if kind == "text" else None
-    return cast(KeyedDataset, TextBlocks(whole(opened), blocks) if blocks else opened)
+    is_blocks = settings.block_size and isinstance(whole(opened), Texts)
+    return cast(KeyedDataset, TextBlocks(whole(opened), settings.block_size or 0) if is_blocks else opened)
 
 
 def _open_code(source: str, base: Path, load: LoadFunction | None, split_name: SplitName, like: Any) -> KeyedDataset:

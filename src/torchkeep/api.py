@@ -6,15 +6,17 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from .contracts import Json, Schema
+from .data.cache import Wanted
 from .data.dataset import whole
 from .data.foreign import as_dataset
+from .data.reading import OnBad
 from .data.sources import open_data, open_source
 from .errors import CheckpointError, RunFolderError, SettingsError
 from .files import FolderLock
@@ -28,7 +30,7 @@ from .share.predict import Prediction, predict_all
 from .tensors import tensor_sha256
 from .training.attempt import attempt, checkpoints_of, put
 from .training.decisions import Decisions
-from .training.prepare import Prepared, Work, describe_object, source_folder
+from .training.prepare import Feeding, Prepared, Work, describe_object, source_folder
 from .training.provenance import code_state, command, environment
 from .training.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
 from .usercode import CodeReference, check_trusted, load_function, read_reference
@@ -189,6 +191,8 @@ def fit(
     collate: Callable[[list[Any]], Any] | None = None,
     workers: int | Literal["auto"] = "auto",
     last: Literal["keep", "drop"] = "keep",
+    cache: Wanted = "off",
+    on_bad: OnBad = "raise",
     seed: int = 0,
     name: str | None = None,
     run_dir: str | Path | None = None,
@@ -235,8 +239,8 @@ def fit(
             metrics = [metrics] if isinstance(metrics, str) else metrics
             work = Work(
                 checked, model, as_dataset(train), as_dataset(valid) if valid is not None else None,
-                as_dataset(test) if test is not None else None, batch_size, workers, last, loss, metrics, optimizer,
-                schedule, schedule_every, step, inputs, targets, collate,
+                as_dataset(test) if test is not None else None, batch_size, Feeding(workers, last, cache, on_bad), loss,
+                metrics, optimizer, schedule, schedule_every, step, inputs, targets, collate,
             )  # fmt: skip
             objects = {"model": model, "train": train, "loss": loss, "optimizer": optimizer, "schedule": schedule,
                        "step": step, "collate": collate}  # fmt: skip
@@ -451,8 +455,7 @@ def _work_of(recipe: Recipe, base: Path, load: Callable[[CodeReference], Any]) -
         as_dataset(splits.valid) if splits.valid is not None else None,
         as_dataset(splits.test) if splits.test is not None else None,
         recipe.data.batch_size,
-        recipe.data.workers,
-        recipe.data.last,
+        Feeding(**{field.name: getattr(recipe.data, field.name) for field in fields(Feeding)}),
         load=load_name,
         weights=recipe.data.weights,
         is_recipe=True,

@@ -10,12 +10,14 @@ import contextlib
 import os
 import shutil
 import socket
+import struct
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import orjson
 import xxhash
@@ -23,6 +25,8 @@ import xxhash
 from .errors import RunFolderError, StorageError
 
 _CHUNK_BYTES = 1 << 20
+_TELLS_OPENINGS_APART = sys.platform == "linux"
+_seeking = threading.Lock()  # Windows writes and locks where a file's one position is
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,18 @@ def write_all(file: IO[bytes], block: memoryview) -> None:
         block = block[file.write(block) :]
 
 
+def write_at(handle: int, data: memoryview, place: int) -> None:
+    """Write every byte of ``data`` at a place of a file, whoever writes at others meanwhile."""
+    while len(data):
+        if sys.platform == "win32":
+            with _seeking:
+                os.lseek(handle, place, os.SEEK_SET)
+                done = os.write(handle, data)
+        else:
+            done = os.pwrite(handle, data, place)
+        data, place = data[done:], place + done
+
+
 def remove_folder(path: Path) -> None:
     """Retire a folder: hidden first by a rename, so that a kill halfway leaves no half folder under its name."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}.retired")
@@ -276,6 +292,56 @@ def _try_lock(file: IO[str]) -> bool:
     except OSError:
         return False
     return True
+
+
+def cache_root() -> Path | None:
+    """Where what can be made again is kept: $TORCHKEEP_CACHE, else in the user's cache folder; None without a home."""
+    if said := os.environ.get("TORCHKEEP_CACHE"):
+        return Path(said)
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+    usual = {"win32": "AppData/Local", "darwin": "Library/Caches"}.get(sys.platform, ".cache")
+    try:
+        return (Path(base) if base else Path.home() / usual) / "torchkeep"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
+
+
+def lock_byte(handle: int, place: int, kind: Literal["shared", "exclusive", "none"], waits: bool = True) -> bool:
+    """Lock one byte of a file, which need not be there, or give it back with "none"; whether that was done.
+
+    Linux tells openings of a file apart; elsewhere the lock is the process's, and goes when it closes any of them.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            taken = msvcrt.LK_LOCK if waits else msvcrt.LK_NBLCK
+            if kind != "shared":  # Windows has none, and does not remove an open file
+                with _seeking:
+                    os.lseek(handle, place, os.SEEK_SET)
+                    msvcrt.locking(handle, msvcrt.LK_UNLCK if kind == "none" else taken, 1)
+        else:
+            import fcntl
+
+            if _TELLS_OPENINGS_APART:
+                form = {"shared": fcntl.F_RDLCK, "exclusive": fcntl.F_WRLCK, "none": fcntl.F_UNLCK}[kind]
+                request = struct.pack("hhqqi4x", form, os.SEEK_SET, place, 1, 0)  # struct flock
+                fcntl.fcntl(handle, fcntl.F_OFD_SETLKW if waits else fcntl.F_OFD_SETLK, request)
+            else:
+                form = {"shared": fcntl.LOCK_SH, "exclusive": fcntl.LOCK_EX, "none": fcntl.LOCK_UN}[kind]
+                fcntl.lockf(handle, form if waits else form | fcntl.LOCK_NB, 1, place)
+    except OSError:
+        if waits:
+            raise
+        return False
+    return True
+
+
+def opened_anew(handle: int) -> int:
+    """Another opening of the same file, for locks of its own, also where the file has no name."""
+    if _TELLS_OPENINGS_APART:
+        return os.open(f"/proc/self/fd/{handle}", os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    return os.dup(handle)
 
 
 class AppendFile:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import io
 import statistics
+import tokenize
 from collections.abc import Iterator
 
 import pytest
 from source import ROOT, Module, read_house
 
-HOUSE_LINES = 15_000
+HOUSE_LINES = 15_000  # of code
 FILE_LINES = 600
 FUNCTION_LINES = 90
 MEDIAN_BODY_LINES = 10
@@ -19,6 +21,17 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def num_lines(module: Module) -> int:
     return len(module.text.splitlines())
+
+
+def num_code_lines(module: Module) -> int:
+    """Lines that hold code: what explains it may be as long as it must be."""
+    no_code = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(module.text).readline)
+    code = {n for t in tokens if t.type not in no_code for n in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Module | ast.ClassDef | Function) and ast.get_docstring(node, clean=False) is not None:
+            code -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(code)
 
 
 def functions(module: Module) -> Iterator[Function]:
@@ -64,7 +77,7 @@ def house() -> list[Module]:
 
 
 def test_the_house_is_small_enough_to_read(house: list[Module]) -> None:
-    assert sum(map(num_lines, house)) <= HOUSE_LINES
+    assert sum(map(num_code_lines, house)) <= HOUSE_LINES
 
 
 def test_no_file_is_too_long(house: list[Module]) -> None:
@@ -94,6 +107,10 @@ def test_planted_breaches_are_found() -> None:
     assert too_long_functions(planted("def f():\n" + lines * FUNCTION_LINES))
     assert not too_long_functions(planted("def f():\n" + lines * (FUNCTION_LINES - 1)))
     assert median_body(planted('def f():\n    """Text."""\n' + lines * 11 + "def g(): ...\n")) == 11
+    [written] = planted(
+        '"""Says.\n\nMore.\n"""\n\n# why\nx = (1,\n     2)\n\n\ndef f():\n    """Says."""\n    return 1\n'
+    )
+    assert (num_lines(written), num_code_lines(written)) == (13, 4)
     assert without_docstring(planted("x = 1\n")) == ["planted.py"]
     assert without_docstring(planted("", "__init__.py")) == ["__init__.py"]
     assert without_docstring(planted("x = 1\n", "_private.py")) == []

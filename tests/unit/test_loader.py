@@ -363,7 +363,7 @@ if __name__ == "__main__":
     loader = tk.Loader(Noisy(size=10_000), 2, workers=2, backend="processes")
     for number, batch in enumerate(loader):
         if number == 1:
-            print(*[process.pid for process in loader._executor._processes.values()], flush=True)
+            print(*loader.worker_pids, flush=True)
             time.sleep(60)
 """
 

@@ -41,6 +41,9 @@ class Columns(KeyedData):
         kinds = {name: field.kind for name, field in self.schema.items()}
         return {n: int(column[index]) if kinds[n] == "label" else column[index] for n, column in self.columns.items()}
 
+    def begin(self, indices: Indices, key: ChanceKey) -> None:
+        """None: a batch is one gather."""
+
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch:
         """Shapes: indices (B,) int64 → each column (B, …)."""
         positions = torch.from_numpy(indices)

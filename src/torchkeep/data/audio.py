@@ -17,7 +17,7 @@ from ..chance import ChanceKey
 from ..contracts import Batch, Field, Sample
 from ..errors import BadSampleError, SettingsError
 from .blobs import Blobs, Cells, FolderRows, FrameRows, ListedFiles, folder_of
-from .dataset import Indices, target_of, whole_of
+from .dataset import Filling, Indices, target_of, whole_of
 from .frames import Form, Source, read_frame, where_of
 from .index import Layout, list_folder
 from .labels import LabelledData, Labels, labels_of_classes, labels_of_column
@@ -111,10 +111,15 @@ class Clips(LabelledData):
 
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
         """Shapes:  indices (B,) → "audio" (B, …, T), "label" (B,), "length" (B,) where clips have several lengths"""
-        if self.augmentations.has_callable:
-            return None
-        batch = self._padded(self._audio([self.wave(index, key) for index in indices.tolist()], indices, key))
-        return batch | self._labels_of(indices)
+        return None if self.augmentations.has_callable else super().read_batch(indices, key)
+
+    def begin(self, indices: Indices, key: ChanceKey) -> Filling:
+        """A batch whose log-mels are made at its end, in one transform; sample by sample where a callable is."""
+        return Filling(self, indices, key) if self.augmentations.has_callable else _Waves(self, indices, key)
+
+    def batch_of(self, waves: list[Wave], indices: Indices, key: ChanceKey) -> Batch:
+        """The batch of some waves that are at their rate and length."""
+        return self._padded(self._audio(waves, indices, key)) | self.labels_of(indices)
 
     def collate(self, samples: list[Sample]) -> Batch:
         """A batch of samples, padded to the longest."""
@@ -202,6 +207,22 @@ class Clips(LabelledData):
     def lengths(self) -> np.ndarray[Any, Any] | None:
         """Bytes of each recording, near enough to its length for buckets; None where all are cut to one."""
         return None if self.seconds else getattr(self.blobs, "sizes_bytes", None)
+
+
+class _Waves(Filling):
+    """A batch of recordings under way: their waves."""
+
+    def __init__(self, clips: Clips, indices: Indices, key: ChanceKey):
+        super().__init__(clips, indices, key)
+        self._indices = indices.copy()
+
+    def fill(self, start: int, indices: Indices) -> None:
+        self._indices[start : start + len(indices)] = indices
+        for row, index in enumerate(indices.tolist(), start):
+            self.samples[row] = self.dataset.wave(index, self.key)
+
+    def finish(self) -> Batch:
+        return dict(self.dataset.batch_of(self.samples, self._indices, self.key))
 
 
 class AudioFolder(FolderRows, Clips):

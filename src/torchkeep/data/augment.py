@@ -7,96 +7,57 @@ own row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from torch import Tensor, from_numpy
 
 from ..chance import ChanceKey, keyed_generator, keyed_uniform
 from ..contracts import Sample
-from ..errors import DataError, SettingsError, nearest
-from .decode import Pixels, resize
+from ..errors import BadSampleError, DataError, SettingsError, nearest
+from .colour import JITTER_DRAWS, color_jitter, gaussian_blur
+from .decode import Pixels
+from .geometry import (
+    BOX_DRAWS,
+    Canvas,
+    Draws,
+    horizontal_flip,
+    random_affine,
+    random_erasing,
+    random_resized_crop,
+    random_rotation,
+    random_shift,
+    vertical_flip,
+)
+from .policies import RAND_DRAWS, TRIVIAL_DRAWS, rand_augment, trivial_augment
+from .samples import user_line
 
-Draws = np.ndarray[Any, np.dtype[np.float64]]
 UserAugmentation = Callable[[Sample, np.random.Generator], Sample]
 Augmentation = str | UserAugmentation
 
-_CROP_TRIES = 10
-_CROP_SCALE = (0.08, 1.0)
-_CROP_RATIO = (3 / 4, 4 / 3)
-_SHIFT_FRACTION = 1 / 8
-_ROTATION_DEGREES = 15.0
+
+def _painting(change: Callable[[Pixels, Draws], Pixels]) -> Callable[[Canvas, Draws], None]:
+    return lambda canvas, draws: canvas.paint(lambda image: change(image, draws))
 
 
-def crop_box(height: int, width: int, draws: Draws) -> tuple[int, int, int, int]:
-    """A box of random area and shape: (top, left, height, width); the middle of the image if ten tries do not fit.
-
-    Shapes:  draws (22,) uniform in [0, 1): ten of (area, shape), then one of (top, left)
-    Source:  torchvision RandomResizedCrop.get_params; Szegedy et al. 2015, "Going deeper with convolutions", §6
-    """
-    low, high = math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1])
-    for area_draw, shape_draw in zip(draws[0 : 2 * _CROP_TRIES : 2], draws[1 : 2 * _CROP_TRIES : 2], strict=True):
-        area = height * width * (_CROP_SCALE[0] + area_draw * (_CROP_SCALE[1] - _CROP_SCALE[0]))
-        ratio = math.exp(low + shape_draw * (high - low))
-        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(draws[-2] * (height - box_height + 1))
-            left = int(draws[-1] * (width - box_width + 1))
-            return top, left, box_height, box_width
-    box_width = min(width, round(height * _CROP_RATIO[1]))
-    box_height = min(height, round(width / _CROP_RATIO[0]))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
-
-
-def random_resized_crop(image: Pixels, draws: Draws, height: int, width: int, is_mask: bool = False) -> Pixels:
-    """A random box of 8 to 100 % of the area and of ratio 3/4 to 4/3, brought to (height, width)."""
-    top, left, box_height, box_width = crop_box(image.shape[0], image.shape[1], draws)
-    return resize(image[top : top + box_height, left : left + box_width], height, width, is_mask)
-
-
-def horizontal_flip(image: Pixels, draws: Draws, is_mask: bool) -> Pixels:
-    """Left and right change places for every second sample."""
-    return image[:, ::-1] if draws[0] < 0.5 else image
-
-
-def vertical_flip(image: Pixels, draws: Draws, is_mask: bool) -> Pixels:
-    """Top and bottom change places for every second sample."""
-    return image[::-1] if draws[0] < 0.5 else image
-
-
-def random_shift(image: Pixels, draws: Draws, is_mask: bool) -> Pixels:
-    """Moved by up to an eighth of each side; what comes in is the image mirrored at its edge."""
-    height, width = image.shape[:2]
-    rows, columns = int(height * _SHIFT_FRACTION), int(width * _SHIFT_FRACTION)
-    padded = np.pad(image, ((rows, rows), (columns, columns), (0, 0)), mode="reflect")
-    top, left = int(draws[0] * (2 * rows + 1)), int(draws[1] * (2 * columns + 1))
-    return padded[top : top + height, left : left + width]
-
-
-def random_rotation(image: Pixels, draws: Draws, is_mask: bool) -> Pixels:
-    """Turned about its middle by -15° to 15°; what comes in is the image mirrored at its edge."""
-    height, width = image.shape[:2]
-    angle = (2 * draws[0] - 1) * _ROTATION_DEGREES
-    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), float(angle), 1.0)
-    way = cv2.INTER_NEAREST if is_mask else cv2.INTER_LINEAR
-    source = np.ascontiguousarray(image)
-    turned = cv2.warpAffine(source, matrix, (width, height), flags=way, borderMode=cv2.BORDER_REFLECT_101)
-    return np.asarray(turned, image.dtype).reshape(image.shape)
-
-
-# name → (function, number of draws); random_resized_crop is called apart, since it sets the size
-_NAMED: dict[str, tuple[Callable[[Pixels, Draws, bool], Pixels], int]] = {
+_CROP = "random_resized_crop"
+# name → (operation, number of draws)
+_NAMED: dict[str, tuple[Callable[[Canvas, Draws], None], int]] = {
+    _CROP: (random_resized_crop, BOX_DRAWS),
     "horizontal_flip": (horizontal_flip, 1),
     "vertical_flip": (vertical_flip, 1),
     "random_shift": (random_shift, 2),
     "random_rotation": (random_rotation, 1),
+    "random_affine": (random_affine, 5),
+    "color_jitter": (_painting(color_jitter), JITTER_DRAWS),
+    "gaussian_blur": (_painting(gaussian_blur), 1),
+    "random_erasing": (_painting(random_erasing), 1 + BOX_DRAWS),
+    "rand_augment": (rand_augment, RAND_DRAWS),
+    "trivial_augment": (trivial_augment, TRIVIAL_DRAWS),
 }
-_CROP = "random_resized_crop"
-NAMES = (_CROP, *_NAMED)
+NAMES = tuple(_NAMED)
 
 
 def check_augmentations(augment: Sequence[Augmentation], where: str = "augment") -> tuple[Augmentation, ...]:
@@ -139,28 +100,33 @@ class Augmentations:
         self, image: Pixels, draws: list[Draws], row: int, size: tuple[int, int], is_mask: bool = False
     ) -> Pixels:
         """One image, or its mask, through every named entry. There is no callable among them."""
+        canvas = Canvas(image, size, is_mask)
         for entry, drawn in zip(self.entries, draws, strict=True):
-            image = _apply(str(entry), image, drawn[row], size, is_mask)
-        return image
+            _NAMED[str(entry)][0](canvas, drawn[row])
+        return canvas.pixels()
 
     def apply_all(
         self, rest: Sample, pictures: dict[str, Pixels], key: ChanceKey, sample_id: int, size: tuple[int, int]
     ) -> Sample:
         """One sample through named entries and callables. Its image, and its mask if any, are given as pixels.
 
-        Raises:  DataError where a callable returns something else than a sample with such an image
+        Raises:  BadSampleError where a callable fails, DataError where it returns no sample with such an image
         """
         drawn = iter(self.draw(key, np.array([sample_id])))
+        canvases = {name: Canvas(held, size, name == "mask") for name, held in pictures.items()}
         for position, entry in enumerate(self.entries):
             if isinstance(entry, str):
                 draws = next(drawn)[0]
-                pictures = {name: _apply(entry, held, draws, size, name == "mask") for name, held in pictures.items()}
+                for canvas in canvases.values():
+                    _NAMED[entry][0](canvas, draws)
                 continue
             rng = keyed_generator(key, self._operation(position), sample_id)
-            sample = entry({name: to_tensor(held) for name, held in pictures.items()} | rest, rng)
-            pictures = {name: _pixels_of(sample, name, held.dtype, entry) for name, held in pictures.items()}
-            rest = {name: value for name, value in sample.items() if name not in pictures}
-        return {name: to_tensor(held) for name, held in pictures.items()} | rest
+            where = f"{rest.get('id', '')} (sample {sample_id}, epoch {key.epoch})".lstrip()
+            sample = _call(entry, _tensors(canvases) | rest, rng, where)
+            for name, canvas in canvases.items():
+                canvas.put(_pixels_of(sample, name, canvas.pixels().dtype, entry))
+            rest = {name: value for name, value in sample.items() if name not in canvases}
+        return _tensors(canvases) | rest
 
     def _operation(self, position: int) -> str:
         # a second flip must not undo the first; two entries of one kind draw apart, other entries change nothing
@@ -171,15 +137,20 @@ class Augmentations:
 
 
 def _num_draws(entry: Augmentation) -> int:
-    if not isinstance(entry, str):
-        return 0
-    return 2 * _CROP_TRIES + 2 if entry == _CROP else _NAMED[entry][1]
+    return _NAMED[entry][1] if isinstance(entry, str) else 0
 
 
-def _apply(name: str, image: Pixels, draws: Draws, size: tuple[int, int], is_mask: bool) -> Pixels:
-    if name == _CROP:
-        return random_resized_crop(image, draws, *size, is_mask)
-    return _NAMED[name][0](image, draws, is_mask)
+def _call(entry: UserAugmentation, sample: Sample, rng: np.random.Generator, where: str) -> Any:
+    try:
+        return entry(sample, rng)
+    except Exception as error:
+        raise BadSampleError(
+            "an augmentation failed", where=f"{where}{user_line(error)}", got=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _tensors(canvases: dict[str, Canvas]) -> Sample:
+    return {name: to_tensor(canvas.pixels()) for name, canvas in canvases.items()}
 
 
 def to_tensor(image: Pixels) -> Tensor:

@@ -26,6 +26,9 @@ class Blobs(Protocol):
         Raises:  BadSampleError where they cannot be read
         """
 
+    def file_of(self, index: int) -> Path | None:
+        """The file that holds one sample, and no other; None where a table or memory does."""
+
     def id_of(self, index: int) -> str: ...
 
     def absorb(self, digest: Any) -> None: ...
@@ -61,6 +64,9 @@ class ListedFiles:
             )
         return data
 
+    def file_of(self, index: int) -> Path:
+        return self.listing.path(index)
+
     def id_of(self, index: int) -> str:
         """The name relative to the root, with "/" between its parts on every system."""
         return self.listing.names.shown(index)
@@ -93,11 +99,20 @@ class Cells:
         held = self._bytes[index].as_py() if self._bytes is not None else None
         if held is not None:
             return bytes(held)
-        if self._paths is not None and self._paths.lengths[index]:
-            return read_file(self._root / self._paths[index], where)
+        file = self.file_of(index)
+        if file is not None:
+            return read_file(file, where)
         raise BadSampleError(
             f"this row has no {self._what}", where=where, got="an empty cell", expected="bytes or a file's name"
         )
+
+    def file_of(self, index: int) -> Path | None:
+        if self._paths is None or not self._paths.lengths[index] or self._has_bytes(index):
+            return None
+        return self._root / self._paths[index]
+
+    def _has_bytes(self, index: int) -> bool:
+        return self._bytes is not None and self._bytes[index].is_valid
 
     def id_of(self, index: int) -> str:
         """The path where the table has one, else the row, counted from 0."""

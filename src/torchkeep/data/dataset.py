@@ -18,6 +18,28 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 D = TypeVar("D")
 
 
+class Filling:
+    """A batch whose samples are read one by one, in any order and by any thread. ``hits`` counts those from a cache."""
+
+    hits = 0
+
+    def __init__(self, dataset: Any, indices: Indices, key: ChanceKey):
+        self.dataset, self.key = dataset, key
+        self.samples: list[Any] = [None] * len(indices)
+
+    def fill(self, start: int, indices: Indices) -> None:
+        """Read samples into the rows from ``start`` on.
+
+        Raises:  BadSampleError where one cannot be read; its row can be filled by another sample
+        """
+        for row, index in enumerate(indices.tolist(), start):
+            self.samples[row] = self.dataset.read(index, self.key)
+
+    def finish(self) -> Batch:
+        """The batch, once all rows are filled."""
+        return dict(getattr(self.dataset, "collate", stack)(self.samples))
+
+
 class KeyedData(Dataset[Sample]):
     """The base of the datasets here. They say how a sample is read; what else they can do better, they override."""
 
@@ -42,9 +64,16 @@ class KeyedData(Dataset[Sample]):
             raise IndexError(f"sample {index} of {len(self)}")
         return self.read(index % len(self), ChanceKey())
 
+    def begin(self, indices: Indices, key: ChanceKey) -> Filling | None:
+        """A batch to be filled row by row; None where ``read_batch`` gathers it at once."""
+        return Filling(self, indices, key)
+
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
         """Shapes:  indices (B,) int64 → tensors (B, …); None where samples are to be read one by one"""
-        return self.collate([self.read(int(index), key) for index in indices])
+        filling = self.begin(indices, key)
+        assert filling is not None, "a dataset that gathers says how"
+        filling.fill(0, indices)
+        return filling.finish()
 
     def collate(self, samples: list[Sample]) -> Batch:
         """A batch of samples: what ``collate_fn`` of a plain DataLoader needs. Ids stay behind."""

@@ -9,9 +9,7 @@ of it.
 from __future__ import annotations
 
 import statistics
-import sysconfig
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,11 +24,10 @@ from ..chance import ChanceKey, keyed_seed
 from ..contracts import Batch, KeyedDataset, Sample
 from ..errors import BadSampleError, DataError
 from .arrays import Arrays
+from .dataset import Filling
 from .generators import generator_states, kept_generators, restore, same_states, seed_all
-from .samples import absorb, digest_of, named_sample, schema_of
+from .samples import absorb, digest_of, named_sample, schema_of, stack, user_line
 from .streams import Stream, is_stream
-
-_LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,10 @@ class Foreign(Dataset[Any]):
         """None: a foreign dataset knows one sample at a time."""
         return None
 
+    def begin(self, indices: np.ndarray[Any, Any], key: ChanceKey) -> Filling:
+        """A batch to be filled; its ``samples`` are as the dataset gives them."""
+        return _ForeignFilling(self, indices, key)
+
     def fingerprint(self) -> str:
         """xxh3 of the length and of the first, middle and last sample: a foreign dataset names no more of itself.
 
@@ -151,7 +152,7 @@ class Foreign(Dataset[Any]):
         except Exception as error:
             raise BadSampleError(
                 "the dataset cannot give this sample",
-                where=f"sample {index} of {type(self.dataset).__name__}{_user_line(error)}",
+                where=f"sample {index} of {type(self.dataset).__name__}{user_line(error)}",
                 got=f"{type(error).__name__}: {error}",
                 expected="a dict, a tuple or a tensor",
                 fix=f"try dataset[{index}] alone",
@@ -163,6 +164,16 @@ class Foreign(Dataset[Any]):
         Raises:  DataError where a tuple's parts need names
         """
         return named_sample(sample, self.names, type(self.dataset).__name__)
+
+
+class _ForeignFilling(Filling):
+    """Reads some samples at a time, so that the generators are looked at once for all of them."""
+
+    def fill(self, start: int, indices: np.ndarray[Any, Any]) -> None:
+        self.samples[start : start + len(indices)] = self.dataset.read_samples(indices, self.key)
+
+    def finish(self) -> Batch:
+        return stack([self.dataset.named(sample) for sample in self.samples])
 
 
 def as_dataset(data: Any, names: Sequence[str] | None = None) -> KeyedDataset:
@@ -181,10 +192,3 @@ def _is_kept_as_is(column: Tensor) -> bool:
     # Arrays makes float64 float32, and takes no class below 0, such as the -100 that a loss leaves out
     is_target = column.ndim == 1 and not column.is_floating_point() and column.dtype != torch.bool
     return column.dtype != torch.float64 and not (is_target and column.numel() and int(column.min()) < 0)
-
-
-def _user_line(error: BaseException) -> str:
-    """Where in the user's own files the error arose; in a library's only where no other file took part."""
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    own = [place for place in frames[1:] if not place[0].startswith(_LIBRARIES)] or frames[-1:]
-    return f" ({own[-1][0]}, line {own[-1][1]})"

@@ -18,7 +18,8 @@ from ..contracts import Batch, Field, Preprocess, Sample, Schema
 from ..errors import BadSampleError, DataError
 from .augment import Augmentation, Augmentations, check_augmentations
 from .blobs import Blobs, Cells, FolderRows, FrameRows, ListedFiles, folder_of, read_file
-from .dataset import Indices, target_of, whole_of
+from .cache import PictureCache, to_short_side
+from .dataset import Filling, Indices, target_of, whole_of
 from .decode import (
     IGNORED_PIXEL,
     Pixels,
@@ -52,6 +53,7 @@ class Images(LabelledData):
     input_column = "image"
     image_size: int | None
     size: tuple[int, int]  # height and width of every image that leaves here
+    cache: PictureCache | None = None
 
     def __init__(
         self, blobs: Blobs, labels: Labels | None, where: str, *, image_size: int | None = None,
@@ -108,13 +110,15 @@ class Images(LabelledData):
 
         Raises:  BadSampleError where the image cannot be decoded, or is of another size and ``image_size`` is not set
         """
-        pictures = self._pictures(index, key)
+        pictures, is_kept = self.pictures(index, key)
+        if is_kept:  # what is done to a sample must not change the cache
+            pictures = {name: held.copy() for name, held in pictures.items()}
         rest = self._label_of(index) | {"id": self.id_of(index)}
         sample = self.augmentations.apply_all(rest, pictures, key, index, self.size)
         for name in pictures:
             self._check_augmented(name, sample[name].shape[1:], index)
         if "mask" in pictures:
-            sample["mask"] = torch.from_numpy(self._classes_of(sample["mask"].numpy()[0], index))
+            sample["mask"] = torch.from_numpy(self.classes_of(sample["mask"].numpy()[0], index))
         return sample
 
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
@@ -125,18 +129,15 @@ class Images(LabelledData):
         """
         if self.augmentations.has_callable:
             return None
-        kind = np.uint16 if self.bits == 16 else np.uint8
-        images = np.empty((len(indices), *self.size, self.channels), kind)
-        masks = np.empty((len(indices), *self.size), np.int64) if self._masks is not None else None
-        draws = self.augmentations.draw(key, indices)
-        for row, index in enumerate(indices.tolist()):
-            pictures = self._pictures(index, key)
-            images[row] = self.augmentations.apply_named(pictures["image"], draws, row, self.size)
-            if masks is not None:
-                moved = self.augmentations.apply_named(pictures["mask"], draws, row, self.size, is_mask=True)
-                masks[row] = self._classes_of(moved[..., 0], index)
-        batch: Batch = {"image": torch.from_numpy(images).permute(0, 3, 1, 2), **self._labels_of(indices)}
-        return batch if masks is None else batch | {"mask": torch.from_numpy(masks)}
+        return super().read_batch(indices, key)
+
+    def begin(self, indices: Indices, key: ChanceKey) -> Filling | None:
+        """A batch written in place; sample by sample where a user's callable may add keys."""
+        return Filling(self, indices, key) if self.augmentations.has_callable else _InPlace(self, indices, key)
+
+    @property
+    def has_masks(self) -> bool:
+        return self._masks is not None
 
     def decoded(self, index: int, where: str = "") -> Pixels:
         """The stored image, (H, W, C), before any resizing.
@@ -146,21 +147,47 @@ class Images(LabelledData):
         where = where or self._where(index)
         return decode_image(self.blobs.read(index, where), where, self.channels, self.bits)
 
-    def _pictures(self, index: int, key: ChanceKey) -> dict[str, Pixels]:
-        """The image, and its mask where there is one, at their size but for what augmentation sets."""
-        where = self._where(index, key)
+    def pictures(self, index: int, key: ChanceKey) -> tuple[dict[str, Pixels], bool]:
+        """The image, and its mask where there is one, as they are before any chance; and whether a cache had them.
+
+        Raises:  BadSampleError where one cannot be decoded, or is of another size than it must have
+        """
+        held = self.cache.get(index) if self.cache is not None else None
+        if held is not None:
+            return held, True
+        pictures = self._read_pictures(index, self._where(index, key))
+        if self.cache is not None:
+            self.cache.put(index, pictures)
+        return pictures, False
+
+    def _read_pictures(self, index: int, where: str) -> dict[str, Pixels]:
         pictures = {"image": self.decoded(index, where)}
         if self._masks is not None:
             pictures["mask"] = decode_mask(self._masks.read(index, where), f"{where}, its mask")
             self._check_size(pictures["mask"], pictures["image"].shape[:2], f"{where}, its mask", "mask_size")
         if self.image_size is None:
             self._check_size(pictures["image"], self.size, where, "image_size")
-        elif not self.augmentations.sets_size:
-            pictures = {
-                name: resize_short_side_and_center_crop(held, self.image_size, name == "mask")
-                for name, held in pictures.items()
-            }
-        return pictures
+            return pictures
+        side = self.cache.side if self.cache is not None else None
+        if self.augmentations.sets_size and side is None:
+            return pictures
+        size = self.image_size
+        return {
+            name: to_short_side(held, side, name == "mask") if self.augmentations.sets_size and side
+            else resize_short_side_and_center_crop(held, size, name == "mask")
+            for name, held in pictures.items()
+        }  # fmt: skip
+
+    def files_of(self, index: int) -> list[Path]:
+        """The files that hold the image and its mask; none where a table or memory does."""
+        held = [blobs.file_of(index) for blobs in (self.blobs, self._masks) if blobs is not None]
+        return [file for file in held if file is not None]
+
+    def with_cache(self, cache: PictureCache) -> Images:
+        """A copy that keeps what it decodes, and looks there first."""
+        kept = copy.copy(self)
+        kept.cache = cache
+        return kept
 
     def _check_size(self, image: Pixels, size: tuple[int, ...], where: str, setting: str) -> None:
         if image.shape[:2] != size:
@@ -173,7 +200,7 @@ class Images(LabelledData):
                 fix="image_size = 224 brings all images to one size" if is_image else "",
             )
 
-    def _classes_of(self, mask: Pixels, index: int) -> np.ndarray[Any, Any]:
+    def classes_of(self, mask: Pixels, index: int) -> np.ndarray[Any, Any]:
         """Shapes:  (H, W) uint8 → (H, W) int64, IGNORED_CLASS where the mask says 255"""
         classes = mask.astype(np.int64)
         classes[classes == IGNORED_PIXEL] = IGNORED_CLASS
@@ -209,7 +236,7 @@ class Images(LabelledData):
     def without_augmentation(self) -> Images:
         """A copy that shares everything but the augmentations."""
         plain = copy.copy(self)
-        plain.augmentations = Augmentations()
+        plain.augmentations, plain.cache = Augmentations(), None
         plain.threads = True
         return plain
 
@@ -222,6 +249,42 @@ class Images(LabelledData):
     def fingerprint(self) -> str:
         """xxh3 of the images' names, sizes or bytes, of the masks', and of the labels."""
         return self._digest("", self._masks)
+
+
+class _InPlace(Filling):
+    """A batch of images, channels last in memory, and their masks."""
+
+    def __init__(self, images: Images, indices: Indices, key: ChanceKey):
+        self.dataset, self.key, self.indices = images, key, indices.copy()
+        kind = np.uint16 if images.bits == 16 else np.uint8
+        self._images = np.empty((len(indices), *images.size, images.channels), kind)
+        self._masks = np.empty((len(indices), *images.size), np.int64) if images.has_masks else None
+        self._draws = images.augmentations.draw(key, indices)
+        self._is_hit = np.zeros(len(indices), bool)
+
+    def fill(self, start: int, indices: Indices) -> None:
+        self._take_substitutes(start, indices)
+        images, draws = self.dataset, self._draws
+        for row, index in enumerate(indices.tolist(), start):
+            pictures, self._is_hit[row] = images.pictures(index, self.key)
+            apply = images.augmentations.apply_named
+            self._images[row] = apply(pictures["image"], draws, row, images.size)
+            if self._masks is not None:
+                moved = apply(pictures["mask"], draws, row, images.size, is_mask=True)
+                self._masks[row] = images.classes_of(moved[..., 0], index)
+
+    def _take_substitutes(self, start: int, indices: Indices) -> None:
+        rows = slice(start, start + len(indices))
+        if (self.indices[rows] != indices).any():
+            self.indices[rows] = indices
+            for drawn, anew in zip(self._draws, self.dataset.augmentations.draw(self.key, indices), strict=True):
+                drawn[rows] = anew
+
+    def finish(self) -> Batch:
+        self.hits = int(self._is_hit.sum())
+        batch: Batch = {"image": torch.from_numpy(self._images).permute(0, 3, 1, 2)}
+        batch |= self.dataset.labels_of(self.indices)
+        return batch if self._masks is None else batch | {"mask": torch.from_numpy(self._masks)}
 
 
 class ImageFolder(FolderRows, Images):
@@ -314,11 +377,16 @@ class IdxImages(Images):
         # a copy in any case: what is done to a sample must not change the data
         return np.repeat(in_bits(self.pixels[index], self.bits), self.channels, axis=2)
 
+    def begin(self, indices: Indices, key: ChanceKey) -> Filling | None:
+        is_changed = self.augmentations.entries or self.image_size is not None or self.channels > 1 or self.bits > 8
+        return super().begin(indices, key) if is_changed else None
+
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
         """One gather where nothing is changed on the way."""
-        if self.augmentations.entries or self.image_size is not None or self.channels > 1 or self.bits > 8:
+        if self.begin(indices[:0], key) is not None:
             return super().read_batch(indices, key)
-        return {"image": torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2), **self._labels_of(indices)}
+        images = torch.index_select(torch.from_numpy(self.pixels), 0, torch.from_numpy(indices))
+        return {"image": images.permute(0, 3, 1, 2), **self.labels_of(indices)}
 
     def without_augmentation(self) -> Images:
         plain = super().without_augmentation()
@@ -338,6 +406,9 @@ class _Rows:
     def read(self, index: int, where: str) -> bytes:
         return bytes_of_array(self._pixels[index]).tobytes()
 
+    def file_of(self, index: int) -> None:
+        return None
+
     def id_of(self, index: int) -> str:
         return str(index)
 
@@ -356,8 +427,10 @@ class _MasksOf:
         return len(self._files)
 
     def read(self, index: int, where: str) -> bytes:
-        name = Path(self._files.listing.names[index]).with_suffix(".png")
-        return read_file(self._root / name, f"{where}, its mask")
+        return read_file(self.file_of(index), f"{where}, its mask")
+
+    def file_of(self, index: int) -> Path:
+        return self._root / Path(self._files.listing.names[index]).with_suffix(".png")
 
     def id_of(self, index: int) -> str:
         return self._files.id_of(index)
@@ -388,7 +461,7 @@ def read_idx(path: Path) -> np.ndarray[Any, Any]:
     if len(data) != size:
         got = f"{len(data):,} bytes" + (" or more" if len(data) > size else "")
         raise DataError("this idx file is cut, or longer than it says", where=path, got=got, expected=f"{size:,} bytes")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+    return np.frombuffer(bytearray(data), np.uint8).reshape(shape)  # torch wants memory that can be written to
 
 
 def _labels_beside(path: Path) -> Path | None:

@@ -45,6 +45,9 @@ class NamedFiles:
     def read(self, index: int, where: str) -> bytes:
         return read_file(self._paths[index], where)
 
+    def file_of(self, index: int) -> Path:
+        return self._paths[index]
+
     def id_of(self, index: int) -> str:
         return str(self._paths[index]).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 

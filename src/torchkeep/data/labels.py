@@ -108,7 +108,7 @@ class LabelledData(KeyedData):
     def _label_of(self, index: int) -> Sample:
         return {} if self._labels is None else {self._labels.key: self._labels.of(index)}
 
-    def _labels_of(self, indices: Indices) -> Batch:
+    def labels_of(self, indices: Indices) -> Batch:
         return {} if self._labels is None else {self._labels.key: self._labels.batch(indices)}
 
     def learned_from(self, indices: Indices) -> Any:

@@ -6,55 +6,83 @@ going on at batch 100,000 costs what beginning costs.
 
 from __future__ import annotations
 
-import ast
-import io
 import itertools
-import multiprocessing
 import os
-import sys
-import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
-from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
+from multiprocessing.util import Finalize
 from types import GeneratorType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
-from ..chance import ChanceKey, keyed_seed
+from ..chance import ChanceKey
 from ..contracts import INDEX, VALID, Batch, KeyedDataset
 from ..errors import CheckpointError, DataError, SettingsError
-from .dataset import Indices, Part, whole
-from .foreign import Foreign, Probe, as_dataset
-from .generators import kept_generators, keyed_generators
+from .cache import CachePlan, Wanted, with_cache
+from .dataset import Indices, whole
+from .foreign import Probe, as_dataset
+from .generators import kept_generators
 from .order import Order, bucketed_order, plain_order, running_weights, sampled_order, shuffled_order, weighted_order
+from .reading import Bad, Collate, OnBad, Read, Source, Task, collated, foreign_of
 from .samples import stack
 from .streams import Stream
+from .travel import cannot_travel
+from .workers import Feed, Processes, Threads
 
-Backend = Literal["auto", "inline", "threads", "processes"]
+Kind = Literal["inline", "threads", "processes", "threaded_process"]
+Backend = Literal["auto", Kind]
 Last = Literal["keep", "drop", "pad"]
-Collate = Callable[[list[Any]], Any]
 
 _MAX_WORKERS = 8
 _SLOW_SAMPLE_S = 1e-3
+_BACKENDS = ("auto", "inline", "threads", "processes", "threaded_process")
 
 
 @dataclass(frozen=True)
 class FeedPlan:
     """How samples are read, and why."""
 
-    backend: Literal["inline", "threads", "processes"]
+    backend: Kind
     workers: int
     reason: str
+
+    @property
+    def ahead(self) -> int:
+        """How many batches are asked for before they are wanted."""
+        return 2 * self.workers if self.backend == "processes" else self.workers + 2
+
+
+@dataclass
+class FeedStats:
+    """What feeding took: seconds that the trainer waited, and that readers worked; samples, and how many of them a
+    cache had; batches, and how many others were ready when each was fetched.
+    """
+
+    wait_s: float = 0.0
+    read_s: float = 0.0
+    samples: int = 0
+    hits: int = 0
+    batches: int = 0
+    ready: int = 0
+
+    def since(self, before: FeedStats, elapsed_s: float) -> dict[str, float]:
+        """Rates of the time between two moments."""
+        samples, batches = self.samples - before.samples, self.batches - before.batches
+        if not samples or elapsed_s <= 0:
+            return {}
+        return {
+            "loader/waiting_fraction": round((self.wait_s - before.wait_s) / elapsed_s, 4),
+            "loader/read_ms": round((self.read_s - before.read_s) / samples * 1e3, 4),
+            "loader/cache_hit_fraction": round((self.hits - before.hits) / samples, 4),
+            "loader/queue_depth": round((self.ready - before.ready) / batches, 2),
+        }
 
 
 class Loader:
@@ -64,6 +92,10 @@ class Loader:
     filled it. ``state_dict()`` counts delivered batches only, those of the iteration that began last. ``collate`` gets
     the list of samples as the dataset gives them; what it draws from global generators is keyed by the batch.
 
+    A sample that cannot be read ends the epoch (``on_bad="raise"``), is replaced by another that is keyed by it
+    ("substitute"), or by one that ``valid`` calls none ("mask"); ``bad`` lists them, and past ``bad_fraction`` of all
+    samples, one at least, the epoch ends. ``cache`` keeps decoded images in "ram" or on "disk".
+
     Raises:  SettingsError for a value that cannot be, DataError for a dataset that is none
     """
 
@@ -71,20 +103,23 @@ class Loader:
         self, dataset: Any, batch_size: int, *, shuffle: bool = False, sampler: Any = None,
         weights: Sequence[float] | Tensor | Literal["balanced"] | None = None,
         buckets: bool | Literal["auto"] = "auto", collate: Collate | None = None, seed: int = 0,
-        workers: int | Literal["auto"] = "auto", backend: Backend = "auto", cache: Literal["off"] = "off",
-        last: Last = "keep", on_bad: Literal["raise"] = "raise", rank: int = 0, world_size: int = 1,
+        workers: int | Literal["auto"] = "auto", backend: Backend = "auto", cache: Wanted = "off",
+        last: Last = "keep", on_bad: OnBad = "raise", bad_fraction: float = 0.01, rank: int = 0, world_size: int = 1,
     ):  # fmt: skip
         _check("batch_size", batch_size, batch_size > 0, "a whole number above 0")
-        _check("cache", cache, cache == "off", '"off"')
-        _check("on_bad", on_bad, on_bad == "raise", '"raise"')
+        _check("cache", cache, cache in ("off", "ram", "disk", "auto"), '"off", "ram", "disk" or "auto"')
+        _check("on_bad", on_bad, on_bad in ("raise", "substitute", "mask"), '"raise", "substitute" or "mask"')
+        _check("bad_fraction", bad_fraction, 0 <= bad_fraction <= 1, "0 to 1")
         _check("last", last, last in ("keep", "drop", "pad"), '"keep", "drop" or "pad"')
-        _check("backend", backend, backend in ("auto", "inline", "threads", "processes"), "one of the four backends")
+        _check("backend", backend, backend in _BACKENDS, f"one of {', '.join(_BACKENDS)}")
         _check("workers", workers, workers == "auto" or workers >= 0, '"auto" or a number from 0')
         _check("rank", rank, 0 <= rank < world_size, f"0 to {world_size - 1}")
         chosen = [name for name, given in [("shuffle", shuffle), ("sampler", sampler is not None),
                                            ("weights", weights is not None)] if given]  # fmt: skip
         _check("shuffle, sampler, weights", chosen, len(chosen) <= 1, "at most one of the three")
-        self.dataset: KeyedDataset = as_dataset(dataset)
+        self.dataset: KeyedDataset
+        self.cache_plan: CachePlan
+        self.dataset, self.cache_plan = with_cache(as_dataset(dataset), cache)
         self.batch_size, self.shuffle, self.sampler, self.collate = batch_size, shuffle, sampler, collate
         self.seed, self.last, self.rank, self.world_size = seed, last, rank, world_size
         labels = getattr(self.dataset, "labels", None)
@@ -93,7 +128,12 @@ class Loader:
         self._cumulative = running_weights(weights, len(self.dataset), labels)
         self._lengths = self._bucket_lengths(buckets)
         self.plan = plan_feed(self.dataset, workers, backend, collate)
-        self._executor: Executor | None = None
+        self._feed: Feed | None = None
+        self._source = Source(self.dataset, collate, on_bad)
+        self.transfer: Callable[[Batch], Batch] | None = None  # begun for a batch before the one before it is left
+        self.stats = FeedStats()
+        self.bad: dict[int, Bad] = {}
+        self._most_bad = max(1, int(bad_fraction * len(self.dataset)))
         self._epoch = 0
         self._delivered = 0
         self._is_begun = False
@@ -125,13 +165,16 @@ class Loader:
         return self._epoch
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state: dict[str, Any] = {
             "epoch": self._epoch,
             "delivered": self._delivered,
             "global_batch": self.batch_size * self.world_size,
             "num_samples": self.num_samples,
             "order": self._order_text,
         }
+        if self._source.on_bad != "raise":
+            state["bad"] = [list(astuple(bad)) for bad in self.bad.values()]
+        return state
 
     @property
     def _order_text(self) -> str:
@@ -149,12 +192,13 @@ class Loader:
                 got="an epoch under way", fix="load the state first, then write: for batch in loader",
             )  # fmt: skip
         for name, now in self.state_dict().items():
-            if name not in ("epoch", "delivered") and state.get(name, now) != now:
+            if name not in ("epoch", "delivered", "bad") and state.get(name, now) != now:
                 raise CheckpointError(
                     "this loader's batches are not those of the saved state", where=f"Loader, {name}", got=now,
                     expected=state[name], fix="resume with the same data, order, and batch_size times number of ranks",
                 )  # fmt: skip
         self._epoch, self._delivered, self._is_begun = state["epoch"], state["delivered"], False
+        self.bad = {row[0]: Bad(*row) for row in state.get("bad", [])}
 
     def rewind(self) -> None:
         """Begin with epoch 0 again: an evaluation draws the same each time, also in a run that was resumed."""
@@ -169,7 +213,10 @@ class Loader:
         return iteration
 
     def _run(self, epoch: int, start: int) -> Iterator[Batch]:
-        for delivered, batch in enumerate(self._read_ahead(epoch, start), start + 1):
+        batches = self._read_ahead(epoch, start)
+        if self.transfer is not None:
+            batches = _one_ahead(map(self.transfer, batches))
+        for delivered, batch in enumerate(batches, start + 1):
             if epoch == self._epoch:
                 self._delivered = delivered
             yield batch
@@ -180,25 +227,64 @@ class Loader:
         key = ChanceKey(self.seed, epoch)
         if isinstance(self.dataset, Stream):
             yield from self._stream(self.dataset, key, start)
-            return
-        parts = self._parts(key, start)
-        if self.plan.backend == "inline":
-            dataset, collate = self.dataset, self.collate
-            for indices, valid in parts:
-                yield _with_valid(read(dataset, indices, key, collate), valid)
-            return
-        executor = self._start()
-        waiting: deque[tuple[Future[Any], Indices, Tensor | None]] = deque()
+        elif self.plan.backend == "inline":
+            source = self._source
+            for indices, valid in self._parts(key, start):
+                begun = time.perf_counter()
+                read = source.read(_task(indices, key))
+                yield self._completed(read, key, len(indices), valid, time.perf_counter() - begun, 0)
+        else:
+            yield from self._fed(key, start)
+
+    def _fed(self, key: ChanceKey, start: int) -> Iterator[Batch]:
+        feed, parts = self._begin_feed(), self._parts(key, start)
+        waiting: deque[tuple[Any, int, Tensor | None]] = deque()
         try:
-            for indices, valid in parts:
-                waiting.append((self._submit(executor, indices, key), indices, valid))
-                if len(waiting) > 2 * self.plan.workers:
-                    yield self._finished(key, *waiting.popleft())
-            while waiting:
-                yield self._finished(key, *waiting.popleft())
+            while True:
+                for indices, valid in itertools.islice(parts, self.plan.ahead - len(waiting)):
+                    waiting.append((feed.ask(_task(indices, key)), len(indices), valid))
+                if not waiting:
+                    return
+                begun = time.perf_counter()
+                ready = feed.num_ready([ticket for ticket, *_ in waiting])
+                ticket, size, valid = waiting.popleft()
+                read = feed.take(ticket)
+                yield self._completed(read, key, size, valid, time.perf_counter() - begun, ready)
         finally:
-            for future, *_ in waiting:
-                future.cancel()
+            for ticket, *_ in waiting:
+                feed.forget(ticket)
+
+    def _completed(
+        self, read: Read, key: ChanceKey, size: int, valid: Tensor | None, wait_s: float, ready: int
+    ) -> Batch:
+        source = self._source if self._feed is None else self._feed.source
+        batch = source.complete(read, key)
+        if not size:  # a rank's share of a last batch with fewer samples than ranks: the same keys, no rows
+            batch = {name: value[:0] for name, value in batch.items()}
+        if valid is not None:
+            batch[VALID] = batch[VALID] & valid if VALID in batch else valid
+        stats = self.stats
+        stats.wait_s, stats.read_s = stats.wait_s + wait_s, stats.read_s + read.read_s
+        stats.samples, stats.hits = stats.samples + size, stats.hits + read.hits
+        stats.batches, stats.ready = stats.batches + 1, stats.ready + ready
+        if read.bad:
+            self._note(read.bad)
+        return batch
+
+    @property
+    def on_bad_text(self) -> str:
+        """What becomes of samples that cannot be read."""
+        return {"mask": "they are left out", "substitute": "others take their places"}.get(self._source.on_bad, "")
+
+    def _note(self, found: Sequence[Bad]) -> None:
+        self.bad |= {bad.index: bad for bad in found}
+        if len(self.bad) > self._most_bad:
+            raise DataError(
+                "too many samples cannot be read", where="; ".join(bad.id for bad in list(self.bad.values())[:5]),
+                got=f"{len(self.bad):,} of {len(self.dataset):,}; the last: {found[-1].reason}",
+                expected=f"{self._most_bad:,} at most",
+                fix="torchkeep survey DATA --bad lists all of them; a larger bad_fraction lets more pass",
+            )  # fmt: skip
 
     def _stream(self, stream: Stream, key: ChanceKey, start: int) -> Iterator[Batch]:
         """Batches of a stream: what comes before batch ``start`` is read and left."""
@@ -211,6 +297,7 @@ class Loader:
             share = np.array_split(np.arange(len(held)), self.world_size)[self.rank]
             mine = [held[place] for place in share.tolist()]
             read = partial(self._collated_stream, stream, key)
+            self.stats.samples, self.stats.batches = self.stats.samples + len(mine), self.stats.batches + 1
             if mine:
                 yield read(mine, number * size + share)
             else:  # fewer samples than ranks: the same keys, no rows
@@ -218,53 +305,36 @@ class Loader:
 
     def _collated_stream(self, stream: Stream, key: ChanceKey, samples: list[Any], indices: Indices) -> Batch:
         if self.collate is not None:
-            made = _collated(stream, samples, indices, key, self.collate)
+            made = collated(stream, samples, Task(indices, key), self.collate)
         else:
             made = getattr(stream, "collate", stack)(samples)
         return {**made, INDEX: torch.from_numpy(indices)}
 
-    def _submit(self, executor: Executor, indices: Indices, key: ChanceKey) -> Future[Any]:
-        if self.plan.backend == "processes":
-            return executor.submit(_read_in_worker, indices, key)
-        if self.collate is not None:
-            return executor.submit(_samples, self.dataset, indices, key)
-        return executor.submit(read, self.dataset, indices, key, None)
+    def _begin_feed(self) -> Feed:
+        if self._feed is None:
+            self._feed = feed = self._made_feed()
+            # before multiprocessing waits for its children at the end of the program
+            self._finalizer = Finalize(self, feed.close, exitpriority=10)
+        return self._feed
 
-    def _finished(self, key: ChanceKey, future: Future[Any], indices: Indices, valid: Tensor | None) -> Batch:
-        try:
-            result = future.result()
-        except BrokenProcessPool as error:
-            self._executor = None  # a later iteration starts new ones
-            raise DataError(
-                "a loader process died", where="Loader(backend='processes')", got=error,
-                fix="workers = 0 shows the sample's own error",
-            ) from error  # fmt: skip
-        if self.plan.backend == "processes":
-            result = {name: _as_tensor(value) for name, value in result.items()}
-        elif self.collate is not None:  # not in the thread: it may draw from generators that the trainer uses meanwhile
-            result = {**_collated(self.dataset, result, indices, key, self.collate), INDEX: torch.from_numpy(indices)}
-        return _with_valid(result, valid)
+    def _made_feed(self) -> Feed:
+        plan, source = self.plan, self._source
+        if plan.backend == "threads":
+            return Threads(replace(source, is_raw=self.collate is not None), plan.workers)
+        cache = getattr(whole(self.dataset), "cache", None)
+        number, threads = (1, plan.workers) if plan.backend == "threaded_process" else (plan.workers, 1)
+        return Processes(source, number, threads, cache.fileno if cache is not None else _nothing)
 
-    def _start(self) -> Executor:
-        if self._executor is None and self.plan.backend == "threads":
-            self._executor = ThreadPoolExecutor(self.plan.workers, "torchkeep-loader")
-        elif self._executor is None:
-            # forkserver: a fork of a process with threads may hang; spawn is what Windows has
-            kind = "spawn" if sys.platform == "win32" else "forkserver"
-            self._executor = ProcessPoolExecutor(
-                self.plan.workers,
-                multiprocessing.get_context(kind),
-                initializer=_begin_worker,
-                initargs=(_packed((self.dataset, self.collate)),),
-            )
-        assert self._executor is not None
-        return self._executor
+    @property
+    def worker_pids(self) -> list[int]:
+        """The processes that read now."""
+        return self._feed.pids if self._feed is not None else []
 
     def close(self) -> None:
         """End the workers. A later iteration starts new ones."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-            self._executor = None
+        if self._feed is not None:
+            self._finalizer()
+            self._feed = None
 
     def peek(self) -> Batch:
         """The first batch of the next epoch, without counting it."""
@@ -272,7 +342,9 @@ class Loader:
             with kept_generators():
                 return next(self._stream(self.dataset, ChanceKey(self.seed, self._epoch), 0))
         indices, valid = next(self._parts(ChanceKey(self.seed, self._epoch), 0))
-        return _with_valid(read(self.dataset, indices, ChanceKey(self.seed, self._epoch), self.collate), valid)
+        key = ChanceKey(self.seed, self._epoch)
+        batch = self._source.complete(self._source.read(_task(indices, key)), key)
+        return batch if valid is None else batch | {VALID: valid}
 
     def _parts(self, key: ChanceKey, start: int) -> Iterator[tuple[Indices, Tensor | None]]:
         """This rank's sample numbers, a batch at a time, from batch ``start`` on."""
@@ -309,144 +381,21 @@ class Loader:
         return bucketed_order(key, order, self._lengths, size, self.batch_size * self.world_size)
 
 
-def read(dataset: KeyedDataset, indices: Indices, key: ChanceKey, collate: Collate | None) -> Batch:
-    """One batch, read here and now: the same work whoever does it."""
-    if not len(indices):  # a rank's share of a last batch with fewer samples than ranks: the same keys, no rows
-        one = read(dataset, np.zeros(1, dtype=np.int64), key, collate)
-        return {name: value[:0] for name, value in one.items()}
-    if collate is not None:
-        batch = _collated(dataset, _samples(dataset, indices, key), indices, key, collate)
-    else:
-        batch = dataset.read_batch(indices, key) or _stacked(dataset, _samples(dataset, indices, key))
-    batch[INDEX] = torch.from_numpy(indices)
-    return batch
+def _task(indices: Indices, key: ChanceKey) -> Task:
+    return Task(indices if len(indices) else np.zeros(1, dtype=np.int64), key)
 
 
-def _samples(dataset: Any, indices: Indices, key: ChanceKey) -> list[Any]:
-    while isinstance(dataset, Part):
-        indices, dataset = dataset.indices[indices], dataset.dataset
-    if isinstance(dataset, Foreign):
-        return dataset.read_samples(indices, key)
-    return [dataset.read(int(i), key) for i in indices]
+def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Each batch once the next one was begun: its way to the device takes place during the step before it."""
+    for held in itertools.islice(batches, 1):
+        for following in batches:
+            yield held
+            held = following
+        yield held
 
 
-def foreign_of(dataset: Any) -> Foreign | None:
-    """The foreign dataset that this is, or is a part of."""
-    found = whole(dataset)
-    return found if isinstance(found, Foreign) else None
-
-
-def _stacked(dataset: KeyedDataset, samples: list[Any]) -> Batch:
-    foreign = foreign_of(dataset)
-    if foreign is not None:
-        return stack([foreign.named(sample) for sample in samples])
-    return dict(getattr(dataset, "collate", stack)(samples))
-
-
-def _collated(dataset: KeyedDataset, samples: list[Any], indices: Indices, key: ChanceKey, collate: Collate) -> Batch:
-    foreign = foreign_of(dataset)
-    with keyed_generators(keyed_seed(key, "collate", xxhash.xxh3_64_intdigest(indices.tobytes()))):
-        made = _as_tensor(collate(samples))
-    if isinstance(made, Mapping):
-        return dict(made)
-    if isinstance(made, tuple | list) and foreign is not None and not (len(made) == len(samples) > 2):
-        return foreign.named(tuple(made))
-    if isinstance(made, Tensor):
-        return {"input": made}
-    raise DataError(
-        "collate gave something that is no batch", where=getattr(collate, "__qualname__", repr(collate)),
-        got=type(made).__name__, expected="a dict of tensors, or a tuple with a name for each part",
-    )  # fmt: skip
-
-
-def _with_valid(batch: Batch, valid: Tensor | None) -> Batch:
-    if valid is not None:
-        batch[VALID] = valid
-    return batch
-
-
-_worker: tuple[KeyedDataset, Collate | None]
-
-
-def _begin_worker(packed: bytes) -> None:
-    import signal
-
-    global _worker
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # both are the trainer's to answer, which ends its workers
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
-    _worker = ForkingPickler.loads(packed)
-
-
-def _end_with_trainer() -> None:
-    # a trainer that is killed can end nobody: its workers would hold the data and its terminal for ever
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        trainer.join()
-        os._exit(1)
-
-
-def _read_in_worker(indices: Indices, key: ChanceKey) -> Batch:
-    dataset, collate = _worker
-    return {name: _as_array(value) for name, value in read(dataset, indices, key, collate).items()}
-
-
-class _Laid(NamedTuple):
-    """A tensor's values in the order of memory, and its strides: with others a kernel would give other bits."""
-
-    values: np.ndarray[Any, Any]
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _as_array(value: Any) -> Any:
-    # arrays travel through the pipe: torch's own way names shared memory, which a kill leaves behind
-    if isinstance(value, Tensor) and value.dtype != torch.bfloat16:
-        value, shape, strides = value.detach(), tuple(value.shape), value.stride()
-        # not is_contiguous(): that says yes to one channel that is channels last
-        if strides == torch.empty(shape, device="meta").stride():
-            return value.numpy()
-        is_dense = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1 == value.numel()
-        if not is_dense or 0 in strides:
-            return value.contiguous().numpy()
-        return _Laid(value.as_strided((value.numel(),), (1,)).numpy(), shape, strides)
-    return _mapped(_as_array, value)
-
-
-def _as_tensor(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return torch.from_numpy(value)
-    if isinstance(value, _Laid):
-        return torch.from_numpy(value.values).as_strided(value.shape, value.strides)
-    return _mapped(_as_tensor, value)
-
-
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: change(inner) for name, inner in value.items()}
-    return type(value)(change(inner) for inner in value) if type(value) in (list, tuple) else value
-
-
-class _Packer(ForkingPickler):
-    """Packs tensors by value: torch's own way needs an open file for each, and a process may send 256 of them."""
-
-    def __init__(self, file: Any):
-        super().__init__(file)
-        self.dispatch_table = {**self.dispatch_table, Tensor: _reduced}
-
-
-def _reduced(tensor: Any) -> Any:
-    plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.dtype != torch.bfloat16
-    if not plain or tensor.requires_grad:
-        return tensor.__reduce_ex__(2)
-    return _as_tensor, (_as_array(tensor),)
-
-
-def _packed(value: Any) -> bytes:
-    file = io.BytesIO()
-    _Packer(file).dump(value)
-    return file.getvalue()
+def _nothing() -> None:
+    return None
 
 
 def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: Collate | None) -> FeedPlan:
@@ -460,15 +409,15 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     if foreign is not None:
         is_auto = workers == "auto" and backend == "auto"
         return _plan_foreign(dataset, foreign.probe, number, backend, is_auto, collate)
-    if backend == "processes":
+    if backend == "threaded_process":
         why_not = cannot_travel(dataset, collate)
-        return FeedPlan("inline", 0, why_not) if why_not else FeedPlan("processes", number, "as set")
+        return FeedPlan("threads", number, why_not) if why_not else FeedPlan("threaded_process", number, "as set")
     augments = getattr(whole(dataset), "augmentations", None)
-    if augments is not None and augments.has_callable and backend == "auto":
+    has_callable = augments is not None and augments.has_callable and backend == "auto"
+    if backend == "processes" or has_callable:
         why_not = cannot_travel(dataset, collate)
-        if why_not:
-            return FeedPlan("inline", 0, why_not)
-        return FeedPlan("processes", number, "an augmentation of the user's may hold the GIL")
+        reason = "an augmentation of the user's may hold the GIL" if has_callable else "as set"
+        return FeedPlan("inline", 0, why_not) if why_not else FeedPlan("processes", number, reason)
     if getattr(dataset, "threads", False) or backend == "threads" or workers != "auto":
         return FeedPlan("threads", number, "reading releases the GIL" if workers == "auto" else "as set")
     return FeedPlan("inline", 0, "the data lie in memory and are gathered by batch")
@@ -491,31 +440,6 @@ def _plan_foreign(
     if why_not:
         return FeedPlan("inline", 0, why_not + said)
     return FeedPlan("processes", number, f"a sample takes {probe.sample_s * 1e3:.1f} ms{said}")
-
-
-def cannot_travel(dataset: Any, collate: Any) -> str:
-    """Why these cannot be sent to another process; empty where they can."""
-    try:
-        sent = _packed((dataset, collate))
-    except Exception as error:
-        return f"cannot travel to a process: {type(error).__name__}: {error}"
-    if b"torchkeep_user_" in sent:
-        return "its code is a file that the recipe names, which a process cannot import"
-    main = sys.modules.get("__main__")
-    file = getattr(main, "__file__", None)
-    if file is None:
-        return "defined in a notebook or a shell, which a process cannot import" if b"__main__" in sent else ""
-    if getattr(main, "__spec__", None) is None and not _has_main_guard(Path(file)):
-        return f"{Path(file).name} has no 'if __name__ == \"__main__\":', so a process would run it again"
-    return ""
-
-
-def _has_main_guard(path: Path) -> bool:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return True  # a compiled entry point, no script
-    return any(isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in tree.body)
 
 
 def _check(name: str, got: object, holds: bool, expected: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sysconfig
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
 from ..errors import DataError, SettingsError
 
+_LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 TARGETS = ("label", "target", "labels", "targets", "y")
 
 
@@ -167,3 +170,10 @@ def package_of(name: str, extra: str, where: str = "") -> Any:
         raise SettingsError(
             f"this needs the package {name}", where=where or name, got=error, fix=f'pip install "torchkeep[{extra}]"'
         ) from error
+
+
+def user_line(error: BaseException) -> str:
+    """Where in the user's own files the error arose; in a library's only where no other file took part."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [place for place in frames[1:] if not place[0].startswith(_LIBRARIES)] or frames[-1:]
+    return f" ({own[-1][0]}, line {own[-1][1]})"

@@ -26,6 +26,7 @@ from .dataset import whole
 from .frames import PARQUET, TABLE_SUFFIXES, Form, column_names, is_table
 from .hub import HubDataset, HubStream, is_hub_name
 from .images import IMAGE_SUFFIXES, IdxImages, ImageFolder, ImageTable
+from .masking import NAMES as TEXT_AUGMENTATIONS
 from .splits import split
 from .tables import Table
 from .text import TEXT_SUFFIXES, TextBlocks, TextFolder, Texts, TextTable
@@ -120,7 +121,7 @@ class DataSettings(Settings):
     length: int | None = Field(None, gt=0)
     """Samples of an epoch of a stream."""
     augment: list[str] = Field(default_factory=list)
-    """Augmentations of the training images or recordings, in order."""
+    """Augmentations of the training images, recordings or texts, in order."""
     weights: Literal["balanced"] | None = None
     """"balanced": samples are drawn so that each class comes as often."""
     batch_size: int = Field(32, gt=0)
@@ -129,11 +130,17 @@ class DataSettings(Settings):
     """Who reads the samples: 0 for the training process itself, or a number of workers."""
     last: Literal["keep", "drop"] = "keep"
     """Whether a last batch that is not full is used."""
+    cache: Literal["off", "ram", "disk", "auto"] = "off"
+    """Where decoded images are kept; with random_resized_crop at 8/7 of image_size, so that pixels may differ."""
+    on_bad: Literal["raise", "substitute", "mask"] = "raise"
+    """A sample that cannot be read: an error, another one in its place, or none in its place."""
+    bad_fraction: float = Field(0.01, ge=0, le=1)
+    """The fraction of all samples that may be bad before the run ends; one may always be."""
 
     @field_validator("augment")
     @classmethod
     def _known_augmentations(cls, names: list[str]) -> list[str]:
-        known = list(dict.fromkeys([*IMAGE_AUGMENTATIONS, *sounds.NAMES]))
+        known = list(dict.fromkeys([*IMAGE_AUGMENTATIONS, *sounds.NAMES, *TEXT_AUGMENTATIONS]))
         for name in names:
             if name not in known:
                 hint = nearest(name, known)
@@ -172,11 +179,10 @@ class DataSettings(Settings):
             "features": self.features, "num_mels": self.num_mels, "augment": self.augment if train else (),
         }  # fmt: skip
 
-    def text_options(self, base: Path, like: Any) -> dict[str, Any]:
+    def text_options(self, base: Path, like: Any, train: bool) -> dict[str, Any]:
         """What a dataset of texts is made with: the tokenizer is that of the training data where there are some."""
-        self._check_no_augment("texts")
-        tokenizer = self.tokenizer if like is None else None
-        return {"tokenizer": tokenizer, "max_length": self.max_length, "base": base}
+        tokenizer, augment = self.tokenizer if like is None else None, self.augment if train else ()
+        return {"tokenizer": tokenizer, "max_length": self.max_length, "base": base, "augment": augment}
 
     def table_options(self) -> dict[str, Any]:
         """What a table of numbers is made with."""
@@ -255,7 +261,7 @@ def _open_folder(settings: DataSettings, path: Path, base: Path, like: Any, role
         return AudioFolder(path, **listed, **settings.audio_options(train))
     if kind == "text":
         has_classes = settings.block_size is None
-        texts = TextFolder(path, **listed, has_classes=has_classes, **settings.text_options(base, like))
+        texts = TextFolder(path, **listed, has_classes=has_classes, **settings.text_options(base, like, train))
         return texts if has_classes else TextBlocks(texts, settings.block_size or 0)
     masks = path.parent / settings.masks if settings.masks else None
     return ImageFolder(path, **listed, masks=masks, **settings.image_options(train))
@@ -305,7 +311,7 @@ def open_table(
     if kind == "text":
         target = None if settings.block_size else label
         texts = TextTable(
-            held, text=settings.text or "text", target=target, **rows, **settings.text_options(base, like)
+            held, text=settings.text or "text", target=target, **rows, **settings.text_options(base, like, train)
         )
         return TextBlocks(texts, settings.block_size) if settings.block_size else texts
     if settings.predicted is None:
@@ -362,7 +368,7 @@ def _open_hub(settings: DataSettings, source: str, base: Path, like: Any, role: 
         rows = {"id": settings.id, "separator": settings.separator}
         if found == "image":
             return rows | settings.image_options(train) | {"mask": settings.mask}
-        return rows | (settings.audio_options(train) if found == "audio" else settings.text_options(base, like))
+        return rows | (settings.audio_options(train) if found == "audio" else settings.text_options(base, like, train))
 
     said = {"kind": kind, "column": column, "label": settings.predicted, "by_kind": by_kind, **options}
     if settings.streaming:

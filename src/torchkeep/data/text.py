@@ -15,12 +15,13 @@ import xxhash
 
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Sample, Schema
-from ..errors import BadSampleError, DataError
+from ..errors import BadSampleError, DataError, SettingsError
 from .blobs import FolderRows, FrameRows, ListedFiles, SizedBlobs
-from .dataset import Indices, KeyedData, target_of, whole, whole_of
+from .dataset import Filling, Indices, KeyedData, target_of, whole, whole_of
 from .frames import Form, Source, is_text, read_frame, require_column, where_of
 from .index import Layout, list_folder
 from .labels import LabelledData, Labels, check_filled, labels_of_classes, labels_of_column
+from .masking import Augmentation, TextAugmentations
 from .samples import padded
 from .tokens import HubTokenizer, Tokenizer, WordTokenizer, make_tokenizer
 
@@ -160,7 +161,7 @@ class Texts(LabelledData):
 
     ``tokenizer`` is "bytes", "words" (learned from these texts), a tokenizer.json, a folder or "hf:NAME" of a Hugging
     Face tokenizer, or a ``Tokenizer``; with ``like`` and without another name it is that of the training data. Longer
-    texts are cut at ``max_length`` tokens.
+    texts are cut at ``max_length`` tokens. ``augment``: "token_mask", then callables ``(sample, rng)`` in their order.
 
     Shapes:  "input_ids" int64 (T,); in a batch (B, T), padded, with "attention_mask" int64 (B, T): 1 where a token is
     """
@@ -173,9 +174,10 @@ class Texts(LabelledData):
 
     def __init__(
         self, source: TextSource, labels: Labels | None, where: str, *, tokenizer: str | Tokenizer | None = None,
-        max_length: int | None = None, base: Path | None = None, like: Any = None,
+        max_length: int | None = None, base: Path | None = None, augment: Sequence[Augmentation] = (), like: Any = None,
     ):  # fmt: skip
         known = _known_texts(like, where)
+        self.augmentations = TextAugmentations(tuple(augment))
         self.source = self._held = source
         self._labels, self.where = labels, where
         self.max_length = max_length or (known.max_length if known else MAX_LENGTH)
@@ -208,7 +210,7 @@ class Texts(LabelledData):
     @property
     def threads(self) -> bool:  # type: ignore[override]
         """Where tokens are kept, a batch is a gather: with threads it would take three times as long."""
-        return not self.keeps_tokens
+        return not self.keeps_tokens and not self.augmentations.has_callable
 
     @property
     def keeps_tokens(self) -> bool:
@@ -223,13 +225,32 @@ class Texts(LabelledData):
         return self.tokenizer.encode_batch(self.source.texts(indices), self.max_length)
 
     def read(self, index: int, key: ChanceKey) -> Sample:
-        """One sample: {"input_ids": int64 (T,), "label": …, "id": str}."""
-        tokens = torch.from_numpy(self.tokens(np.array([index]))[0].astype(np.int64))
-        return {"input_ids": tokens, **self._label_of(index), "id": self.id_of(index)}
+        """One sample: {"input_ids": int64 (T,), "label": …, "id": str}.
+
+        Raises:  BadSampleError where a text is not UTF-8 or a callable fails, DataError where it gives no such sample
+        """
+        tokens = torch.from_numpy(self._masked(np.array([index]), key)[0].astype(np.int64))
+        sample = {"input_ids": tokens, **self._label_of(index), "id": self.id_of(index)}
+        return self.augmentations.apply_callables(sample, key, index, self._where(index, key))
+
+    def begin(self, indices: Indices, key: ChanceKey) -> Filling | None:
+        """None, for a batch is one gather; sample by sample where a user's callable may add keys."""
+        return super().begin(indices, key) if self.augmentations.has_callable else None
 
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch:
         """Shapes:  indices (B,) → "input_ids" and "attention_mask" int64 (B, T), "label" (B,)"""
-        return self._padded(self.tokens(indices)) | self._labels_of(indices)
+        if self.augmentations.has_callable:
+            return self.collate([self.read(index, key) for index in indices.tolist()])
+        return self._padded(self._masked(indices, key)) | self.labels_of(indices)
+
+    def _masked(self, indices: Indices, key: ChanceKey) -> list[np.ndarray[Any, Any]]:
+        return self.augmentations.mask(self.tokens(indices), indices, key, self.tokenizer)
+
+    def without_augmentation(self) -> Texts:
+        """A copy that shares everything but the augmentations."""
+        plain = copy.copy(self)
+        plain.augmentations = TextAugmentations()
+        return plain
 
     def collate(self, samples: list[Sample]) -> Batch:
         """A batch of samples, padded to the longest."""
@@ -322,7 +343,7 @@ class TextBlocks(KeyedData):
     ``texts`` is a dataset of texts, or a folder, a table or a list of them, with the options of ``Texts``.
 
     Shapes:  "input_ids" int64 (T,), "target" int64 (T,), the tokens that follow; T is ``block_size``
-    Raises:  DataError where the texts do not fill one block
+    Raises:  DataError where the texts do not fill one block, SettingsError where they are augmented
     """
 
     def __init__(self, texts: Texts | str | Path | Sequence[str], block_size: int, **options: Any):
@@ -331,6 +352,9 @@ class TextBlocks(KeyedData):
         elif not isinstance(texts, Texts):
             held = texts if isinstance(texts, str | Path) else pa.table({"text": list(texts)})
             texts = TextTable(held, target=None, **options)
+        if texts.augmentations.entries:
+            got = f"{len(texts.augmentations.entries)} of them"
+            raise SettingsError("blocks have no augmentations", where="augment", got=got, expected="none")
         self.texts, self.block_size, self.where = texts, block_size, texts.where
         shape, count = (block_size,), self.tokenizer.num_tokens
         target = Field("tokens", shape, num_tokens=count, is_target=True)
@@ -387,6 +411,9 @@ class TextBlocks(KeyedData):
 
     def __len__(self) -> int:
         return (len(self.stream) - 1) // self.block_size
+
+    def begin(self, indices: Indices, key: ChanceKey) -> None:
+        """None: a batch is one gather."""
 
     def read(self, index: int, key: ChanceKey) -> Sample:
         return {name: column[0] for name, column in self.read_batch(np.array([index]), key).items()}

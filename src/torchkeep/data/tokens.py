@@ -11,6 +11,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ WORD = r"\w+(?:['\u2019]\w+)*|[^\w\s\ud800-\udfff]"
 """What a word is: letters, digits and _, joined by inner apostrophes; any other sign, but for space, stands alone."""
 
 _PADS = ("[PAD]", "<pad>", "<PAD>", "<|pad|>")
+_MASKS = ("[MASK]", "<mask>", "<MASK>")
 _ENDS = ("[UNK]", "<unk>", "</s>", "<|endoftext|>", "[SEP]")
 
 
@@ -35,6 +37,7 @@ class Tokenizer(ABC):
     name: str
     num_tokens: int
     pad_id: int
+    special_ids: tuple[int, ...] = ()  # what a tokenizer puts between or around words: no augmentation hides it
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray[Any, Any]]:
@@ -47,6 +50,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def to_json(self) -> Json:
         """All that ``tokenizer_from_json`` needs."""
+
+    @property
+    def mask_id(self) -> int:
+        """What stands for a hidden token: the mask token where there is one, else what an empty text becomes."""
+        return int(self.encode_batch([""])[0][-1])
 
     def fingerprint(self) -> str:
         """xxh3 of all that decides the numbers; not of the name."""
@@ -134,6 +142,10 @@ class HubTokenizer(Tokenizer):
         self._whole.no_truncation()
         self.num_tokens = max([*self._whole.get_vocab(with_added_tokens=True).values(), self.pad_id]) + 1
         self._num_special = self._whole.num_special_tokens_to_add(False)
+        added = self._whole.get_added_tokens_decoder().items()
+        # what a template adds need not be said to be special
+        around = self._whole.encode("").ids
+        self.special_ids = (*around, *(number for number, token in added if token.special))
         self._cutting: dict[int, Any] = {}
 
     @classmethod
@@ -175,6 +187,12 @@ class HubTokenizer(Tokenizer):
 
     def to_json(self) -> Json:
         return {"kind": "hub", "name": self.name, "pad_id": self.pad_id, "tokenizer": self._text}
+
+    @cached_property
+    def mask_id(self) -> int:
+        masks = (self._whole.token_to_id(token) for token in _MASKS)
+        found = next((number for number in masks if number is not None), None)
+        return self._end_id() if found is None else int(found)
 
     def _at(self, max_length: int | None) -> Any:
         # one copy for each length: to change the length of one in use would cut another thread's texts

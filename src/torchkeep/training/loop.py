@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import INDEX, Batch, Clock
-from ..data.loader import Loader
+from ..data.loader import FeedStats, Loader
 from ..errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -186,6 +186,8 @@ class Training:
         self._save_period_s = settings.checkpoint.period_s()
         self._last_save = self._next_tick = self._rate_since = time.perf_counter()
         self._rate_samples, self._rate = 0, 0.0
+        self._fed = FeedStats()
+        self._num_bad = 0
 
     @property
     def rate(self) -> float:
@@ -301,7 +303,10 @@ class Training:
             self._rate = (self.clock.samples - self._rate_samples) / passed if self._rate_samples else 0.0
             self._rate_since, self._rate_samples = now, self.clock.samples
             if self._rate:
-                self._record("timing", values={"train/samples_per_s": round(self._rate, 1)})
+                fed, before = replace(self.loader.stats), self._fed
+                self._fed = fed
+                values = {"train/samples_per_s": round(self._rate, 1), **fed.since(before, passed)}
+                self._record("timing", values=values)
         self.console.progress(self.clock.step, self.clock.epoch, self._rate, self.metrics)
 
     def _is_save_due(self, now: float) -> bool:
@@ -317,6 +322,7 @@ class Training:
         mean = self._epoch_loss / self._epoch_samples if self._epoch_samples else math.nan
         self._epoch_loss, self._epoch_samples = 0.0, 0
         measured = {"train/loss": mean, **self._read_train_metrics()}
+        self._say_bad()
         if self.valid is not None:
             measured |= self.evaluation(self.valid, "valid")
             self._record("scalars", values={k: v for k, v in measured.items() if k.startswith("valid/")})
@@ -332,6 +338,15 @@ class Training:
         self._save_after_epoch(is_best)
         if self.signals.asked is not None:
             self._leave()
+
+    def _say_bad(self) -> None:
+        """Record which samples could not be read so far, where there are more of them than an epoch before."""
+        bad = list(self.loader.bad.values())
+        if len(bad) > self._num_bad:
+            self._num_bad = len(bad)
+            self._record("bad_samples", samples_bad=[asdict(one) for one in bad])
+            said = "; ".join(f"{one.id}: {one.reason}" for one in bad[:3]) + (" …" if len(bad) > 3 else "")
+            self.console.warn(f"samples that cannot be read: {len(bad):,}; {self.loader.on_bad_text} ({said})")
 
     def _read_train_metrics(self) -> dict[str, float]:
         values = {f"train/{metric.name}": metric.compute() for metric in self.train_metrics}
@@ -411,6 +426,7 @@ class Training:
             "window": self.window.state_dict(),
             "epoch_loss": [self._epoch_loss, self._epoch_samples],
             "train_metrics": [metric.state_dict() for metric in self.train_metrics],
+            "num_bad": self._num_bad,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -440,6 +456,7 @@ class Training:
         self._epoch_loss, self._epoch_samples = state["epoch_loss"]
         for metric, saved in zip(self.train_metrics, state["train_metrics"], strict=True):
             metric.load_state_dict(saved)
+        self._num_bad = state.get("num_bad", 0)
         self._next_log = (self.clock.step // self.log_every + 1) * self.log_every
         self._last_saved_step = self.clock.step
         set_generator_states(state["rng"])  # last: nothing after this may draw

@@ -7,16 +7,19 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from ..contracts import Batch, Clock, Json, KeyedDataset
 from ..data.arrays import Arrays
+from ..data.cache import Wanted
 from ..data.dataset import Part, whole
 from ..data.generators import kept_generators
-from ..data.loader import Backend, Loader, foreign_of
+from ..data.images import Images
+from ..data.loader import Backend, Loader
+from ..data.reading import OnBad, foreign_of
 from ..data.sources import described
 from ..data.streams import PROMISE, Stream
 from ..errors import ModelError, SettingsError
@@ -31,12 +34,24 @@ from .device import Mover, autocast, choose_device, choose_precision, choose_thr
 from .evaluate import Evaluation
 from .loop import Signals, Training
 from .metrics import Accuracy, Adapted, ClassCounts, Metric, TopK, make_metrics
+from .mixing import Mixing, check_unmixed, make_mixing
 from .objective import Objective, check_fit, choose_objective, prediction_of
 from .optim import Average, Optimizers, can_fuse, make_optimizer, own_optimizers, rate_factor
 from .recipe import RunSettings
 from .step import Stepper, UserStep
 
 _LOG_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """How the samples are read: what ``Loader`` is told beside the data and their order."""
+
+    workers: int | Literal["auto"] = "auto"
+    last: Literal["keep", "drop"] = "keep"
+    cache: Wanted = "off"
+    on_bad: OnBad = "raise"
+    bad_fraction: float = 0.01
 
 
 @dataclass
@@ -49,8 +64,7 @@ class Work:
     valid: KeyedDataset | None = None
     test: KeyedDataset | None = None
     batch_size: int = 32
-    workers: int | Literal["auto"] = "auto"
-    last: Literal["keep", "drop"] = "keep"
+    feeding: Feeding = Feeding()
     loss: Any = None
     metrics: Any = None
     optimizer: Any = None
@@ -88,7 +102,7 @@ class Prepared:
         if train.deterministic:
             torch.use_deterministic_algorithms(True)
         work.model.to(self.device)
-        self.loader = self._loader(work.train, shuffle=True, last=work.last)
+        self.loader = self._loader(work.train, shuffle=True, last=work.feeding.last, on_bad=work.feeding.on_bad)
         self.valid = self._loader(work.valid) if work.valid is not None else None
         self._note_feed()
         if len(self.loader) == 0:
@@ -98,11 +112,17 @@ class Prepared:
             )  # fmt: skip
         batch = self.loader.peek()
         self.mover = Mover(self.device, work.train.schema)
+        for loader in (self.loader, self.valid):
+            if loader is not None:
+                loader.transfer = self.mover.begin
         self._note_data()
         self.binding, self.objective = self._bind(batch)
         self.metrics = make_metrics(work.metrics if work.metrics is not None else train.metrics)
+        self.mixing: Mixing | None = None
         if work.step is None:
             self._try(batch)
+        else:
+            check_unmixed(train)
         self.steps_per_epoch = math.ceil(len(self.loader) / train.accumulate)
         whole = self.steps_per_epoch * train.epochs
         self.total_steps = min(whole, train.max_steps or whole)
@@ -130,6 +150,7 @@ class Prepared:
             average=self.average,
             metrics=self.train_metrics,
             user_step=work.step,
+            mixing=self.mixing,
         )
         self.evaluation = Evaluation(
             self.binding,
@@ -149,26 +170,33 @@ class Prepared:
         given = self.work.metrics if self.work.metrics is not None else train.metrics
         return make_metrics([name for name in given if isinstance(name, str)])
 
-    def _loader(self, data: KeyedDataset, *, shuffle: bool = False, last: Literal["keep", "drop"] = "keep") -> Loader:
-        work = self.work
+    def _loader(
+        self, data: KeyedDataset, *, shuffle: bool = False, last: Literal["keep", "drop"] = "keep",
+        on_bad: OnBad | None = None,
+    ) -> Loader:  # fmt: skip
+        work, feeding = self.work, self.work.feeding
         workers, backend = self._reader(data)
+        # an evaluation leaves a bad sample out: another in its place would count twice
+        left_out: OnBad = "raise" if feeding.on_bad == "raise" else "mask"
         return Loader(
-            data,
-            work.batch_size,
-            shuffle=shuffle and work.weights is None,
-            collate=work.collate,
-            seed=work.settings.seed,
-            weights=work.weights if shuffle else None,
-            workers=workers,
-            backend=backend,
-            last=last,
-        )
+            data, work.batch_size, shuffle=shuffle and work.weights is None, collate=work.collate,
+            seed=work.settings.seed, weights=work.weights if shuffle else None, workers=workers, backend=backend,
+            last=last, cache=self._cache(data), on_bad=on_bad or left_out, bad_fraction=feeding.bad_fraction,
+        )  # fmt: skip
+
+    def _cache(self, data: KeyedDataset) -> Wanted:
+        """Which cache: as it was when the run began, for it may change pixels; none where there are no images."""
+        recorded = self.decisions.recorded("cache")
+        wanted = cast(Wanted, str(recorded).partition(",")[0]) if recorded else self.work.feeding.cache
+        return wanted if isinstance(whole(data), Images) else "off"
 
     def _reader(self, data: KeyedDataset) -> tuple[int | Literal["auto"], Backend]:
         """Who reads: for foreign data as it was chosen by measuring when the run began, for code may count threads."""
-        recorded = self.decisions.recorded("feeding")
-        if self.work.workers != "auto" or foreign_of(data) is None or recorded is None:
-            return self.work.workers, "auto"
+        workers, recorded = self.work.feeding.workers, self.decisions.recorded("feeding")
+        if workers == "auto" and self.device.type == "cuda" and getattr(data, "threads", False):
+            return workers, "threaded_process"  # threads beside the one that launches kernels would hold it up
+        if workers != "auto" or foreign_of(data) is None or recorded is None:
+            return workers, "auto"
         number, _, kind = str(recorded).partition(" ")
         return (int(number), "processes") if kind == "processes" else (0, "inline")
 
@@ -179,6 +207,7 @@ class Prepared:
     def measure(self, data: KeyedDataset, split: str) -> dict[str, float]:
         """Loss and metrics of the model as it is now, on any data of the same form."""
         loader = self.evaluation_loader(data)
+        loader.transfer = self.mover.begin
         try:
             return self.evaluation(loader, split)
         finally:
@@ -200,6 +229,9 @@ class Prepared:
         plan = self.loader.plan
         value = plan.backend if not plan.workers else f"{plan.workers} {plan.backend}"
         self.decisions.note("feeding", value, plan.reason, "data.workers")
+        cached = self.loader.cache_plan
+        if self.work.feeding.cache != "off":
+            self.decisions.choose("cache", cached.said, cached.reason, "data.cache")
         foreign, valid = foreign_of(self.work.train), self.work.valid
         if isinstance(self.work.train, Stream):
             self.decisions.note("resume", "as the stream repeats", PROMISE)
@@ -254,6 +286,8 @@ class Prepared:
             where = f"{type(model).__name__}, loss {self.objective.name}"
             check_fit(self.objective, output, target, self._label_classes(), where, is_exact=self._knows_classes())
             self._try_metrics(prediction_of(output), target)
+            settings, inputs = self.work.settings, self.work.inputs
+            self.mixing = make_mixing(settings, inputs, moved, self.binding, self.objective, output)
 
     def _knows_classes(self) -> bool:
         # arrays only imply their classes: a head of ten may be trained on a part that has eight

@@ -35,6 +35,10 @@ class TrainSettings(Settings):
     """One weight for each class, for cross_entropy."""
     label_smoothing: float = Setting(default=0.0, ge=0, lt=1)
     """The share of each label that is spread over all classes."""
+    mixup: float = Setting(default=0.0, ge=0, allow_inf_nan=False)
+    """The a of Beta(a, a), by which each image is blended with another of its batch, and so is the loss; 0: none."""
+    cutmix: float = Setting(default=0.0, ge=0, allow_inf_nan=False)
+    """The same for a box of another image; with ``mixup`` beside it, each batch gets one of the two by a keyed coin."""
     metrics: list[str] = Setting(default_factory=list)
     """"accuracy", "top5" (any number), "f1", "precision", "recall", "mean_absolute_error", "r2"."""
     train_metrics: bool = False

@@ -17,6 +17,7 @@ from ..model.describe import shape_text
 from .binding import Binding
 from .device import Mover, autocast
 from .metrics import Adapted, Metric
+from .mixing import Mixing
 from .objective import Objective, prediction_of
 from .optim import Average, Optimizers
 
@@ -62,13 +63,13 @@ class Stepper:
     def __init__(
         self, binding: Binding, objective: Objective, optimizers: Optimizers, mover: Mover, clock: Clock, *,
         seed: int = 0, precision: str = "fp32", clip_norm: float | None = None, average: Average | None = None,
-        metrics: Sequence[Metric | Adapted] = (), user_step: UserStep | None = None,
+        metrics: Sequence[Metric | Adapted] = (), user_step: UserStep | None = None, mixing: Mixing | None = None,
     ):  # fmt: skip
         self.model = binding.model
         self.optimizers = optimizers
         self._binding, self._objective, self._mover, self._clock = binding, objective, mover, clock
         self._seed, self._precision, self._clip_norm = seed, precision, clip_norm
-        self._average, self._metrics, self._user_step = average, metrics, user_step
+        self._average, self._metrics, self._user_step, self._mixing = average, metrics, user_step, mixing
         self._forward = self._forward_plain if precision == "fp32" else self._forward_autocast
 
     def __call__(self, batches: Sequence[Batch]) -> StepResult:
@@ -99,23 +100,26 @@ class Stepper:
         counts = [self._objective.count(self._binding.target(b), len(b[INDEX])) for b in moved]
         total = sum(counts[1:], counts[0])
         losses = []
-        for batch, count in zip(moved, counts, strict=True):
-            part = self._forward(batch) * count / total
+        for number, (batch, count) in enumerate(zip(moved, counts, strict=True)):
+            part = self._forward(batch, number) * count / total
             gradients.backward(part, self.optimizers.scaler)
             # a mean over no targets at all is no number, and no part of the whole mean either
             losses.append(torch.where(count > 0, part.detach(), 0.0) if isinstance(count, Tensor) else part.detach())
         return StepResult(torch.stack(losses).sum(), sum(len(b[INDEX]) for b in batches), self._update())
 
-    def _forward_plain(self, batch: Batch) -> Tensor:
-        output = self._binding.call(batch)
-        loss = self._objective(output, self._binding.target(batch))
+    def _forward_plain(self, batch: Batch, part: int = 0) -> Tensor:
+        mix = None
+        if self._mixing is not None:
+            batch, mix = self._mixing(batch, self._clock.step, part)
+        output, target = self._binding.call(batch), self._binding.target(batch)
+        loss = self._objective(output, target) if mix is None else mix.loss(self._objective, output, target)
         for metric in self._metrics:
-            metric.update(prediction_of(output), self._binding.target(batch))
+            metric.update(prediction_of(output), target if mix is None else mix.larger(target))
         return loss
 
-    def _forward_autocast(self, batch: Batch) -> Tensor:
+    def _forward_autocast(self, batch: Batch, part: int = 0) -> Tensor:
         with autocast(self._precision, self._mover.device):
-            return self._forward_plain(batch)
+            return self._forward_plain(batch, part)
 
     def _update(self) -> dict[str, Tensor] | None:
         scaler, extras = self.optimizers.scaler, None

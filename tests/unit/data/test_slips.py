@@ -19,9 +19,9 @@ from torchkeep.chance import ChanceKey
 from torchkeep.data import index
 from torchkeep.data.frames import Form, as_texts, read_frame
 from torchkeep.data.index import Layout, list_folder
-from torchkeep.data.loader import _as_array, _as_tensor
 from torchkeep.data.sources import DataSettings, open_data
 from torchkeep.data.tables import encode_inputs
+from torchkeep.data.travel import as_arrays, as_batch
 from torchkeep.errors import DataError, SettingsError
 from torchkeep.settings import check
 
@@ -78,11 +78,11 @@ def test_a_layout_in_memory_survives_the_way_to_another_process(shape: tuple[int
     if shape[1] == 1:
         last = torch.rand(shape[0], *shape[2:], 1).permute(0, 3, 1, 2)
     for value in (last, last.contiguous(), last.transpose(2, 3)):
-        again = _as_tensor(pickle.loads(pickle.dumps(_as_array(value))))
+        again = as_batch(pickle.loads(pickle.dumps(as_arrays(value))))
         assert torch.equal(again, value)
         assert again.stride() == value.stride()
     view = torch.arange(12).reshape(3, 4)[:, :-1]
-    assert torch.equal(_as_tensor(_as_array(view)), view)
+    assert torch.equal(as_batch(as_arrays(view)), view)
 
 
 def test_an_error_keeps_its_words_on_the_way_from_a_plain_dataloader(tmp_path: Path) -> None:

@@ -171,14 +171,17 @@ def runs(folder: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--bad", "only_bad", is_flag=True, help="Print only the samples that cannot be read, one a line.")
 @click.option("-o", "--output", type=click.Path(), help="A folder for survey.json and a contact sheet, sheet.png.")
+@click.option("--build-cache", is_flag=True, help="Decode each image into the cache on the disk instead.")
 def survey(
-    data: tuple[str, ...], assignments: tuple[str, ...], as_json: bool, only_bad: bool, output: str | None
-) -> None:
+    data: tuple[str, ...], assignments: tuple[str, ...], as_json: bool, only_bad: bool, output: str | None,
+    build_cache: bool,
+) -> None:  # fmt: skip
     """Look through DATA before training: classes, sizes, bad samples, copies and leaks, labels, drift.
 
     DATA is a recipe, or each split as a recipe's data.train would name it: torchkeep survey data/train data/val
     """
     from .tensors import to_json
+    from .training.survey import build_cache as build
     from .training.survey import survey as look_through
     from .watch.console import Console
     from .watch.findings import show_survey
@@ -186,12 +189,17 @@ def survey(
     def report(split: str, done: int, total: int) -> None:
         click.echo(f"\r{split}: {done:,} of {total:,} samples" + "\n" * (done == total), nl=False, err=True)
 
-    found = look_through(data, set=assignments, output=output, progress=report if sys.stderr.isatty() else None)
+    progress = report if sys.stderr.isatty() else None
+    if build_cache:
+        for name, (plan, bad) in build(data, set=assignments, progress=progress).items():
+            click.echo(f"{name}: {plan.said}, {plan.reason}" + (f"; {len(bad):,} cannot be read" if bad else ""))
+        return
+    found = look_through(data, set=assignments, output=output, progress=progress)
     if as_json:
         click.echo(to_json(found.to_json(), indent=True).decode(), nl=False)
     elif only_bad:
-        for bad in (bad for split in found.splits.values() for bad in split.bad):
-            click.echo(f"{bad.where}: {bad.what}: {bad.got}")
+        for one in (one for split in found.splits.values() for one in split.bad):
+            click.echo(f"{one.where}: {one.what}: {one.got}")
     else:
         show_survey(Console(), found.to_json())
 

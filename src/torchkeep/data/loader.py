@@ -402,7 +402,7 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     """Choose who reads the samples. The choice changes no bit of any batch."""
     if workers == 0 or backend == "inline":
         return FeedPlan("inline", 0, "as set")
-    number = min(_MAX_WORKERS, _usable_cores()) if workers == "auto" else int(workers)
+    number = min(_MAX_WORKERS, usable_cores()) if workers == "auto" else int(workers)
     if isinstance(dataset, Stream):
         return FeedPlan("inline", 0, "a stream is read in its own order")
     foreign = foreign_of(dataset)
@@ -423,7 +423,8 @@ def plan_feed(dataset: KeyedDataset, workers: int | str, backend: str, collate: 
     return FeedPlan("inline", 0, "the data lie in memory and are gathered by batch")
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from ..data.cache import CachePlan, fill, with_cache
 from ..data.contents import Progress, Rows
 from ..data.frames import is_table, read_frame
+from ..data.loader import usable_cores
+from ..data.reading import Bad
 from ..data.sheet import contact_sheet
-from ..data.sources import DataSettings, SplitName, kind_of_table, open_source, open_table
+from ..data.sources import DataSettings, SplitName, kind_of_table, open_data, open_source, open_table
 from ..data.splits import split
 from ..data.survey import Problem, Survey, examined
 from ..errors import BadSampleError, DataError
@@ -53,6 +57,33 @@ def survey(
         write_durable(Path(output) / "survey.json", to_json(found.to_json(), indent=True))
         write_durable(Path(output) / "sheet.png", contact_sheet(found))
     return found
+
+
+def build_cache(
+    sources: Sequence[str], *, set: Sequence[str] = (), progress: Progress | None = None
+) -> dict[str, tuple[CachePlan, list[Bad]]]:  # fmt: skip
+    """Decode each image once into the cache on the disk where a training with ``data.cache = "disk"`` will find it.
+
+    ``sources`` and ``set`` are those of ``survey``. For each split its plan, and the samples that cannot be read.
+
+    Raises:  SettingsError where a split is none of images, DataError as opening them does
+    """
+    settings, seed, base = _settings_of(list(sources), list(set))
+    report, built = progress or (lambda name, done, total: None), {}
+    splits = vars(open_data(settings, base, seed, load_function))
+    for name, dataset in splits.items():
+        if dataset is not None:
+            cached, plan = with_cache(dataset, "disk")
+            built[name] = plan, fill(cached, usable_cores(), partial(report, name))
+    return built
+
+
+def _settings_of(sources: list[str], assignments: list[str]) -> tuple[DataSettings, int, Path]:
+    if len(sources) == 1 and sources[0].endswith(".toml"):
+        recipe, base = read_recipe(sources[0], assignments)
+        return recipe.data, recipe.seed, base
+    told = override({"data": _named_splits(sources)}, assignments)
+    return check(_Sources, told, "survey").data, 0, Path.cwd()
 
 
 def _opened_splits(sources: list[str], assignments: list[str], problems: list[Problem]) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def test_erased_boxes_are_distributed_as_torchvisions() -> None:
             high, wide = np.flatnonzero(erased.any(1)), np.flatnonzero(erased.any(0))
             ours.append((high[0], wide[0], len(high), len(wide)))
             assert erased.sum() == len(high) * len(wide)
-            assert len(high) < 40 and len(wide) < 60
+            assert len(high) < 40
+            assert len(wide) < 60
     assert abs(len(ours) / (2 * NUM_DRAWS) - 0.5) < 0.015
     found = [reference_box(rng, 40, 60, (0.02, 0.33), (0.3, 3.3), False) for _ in range(NUM_DRAWS)]
     theirs, held = np.array([box for box in found if box]), np.array(ours)

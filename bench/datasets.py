@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, ROOT, interleave, machine_facts, summary, write_result
+from works import ONE_THREAD, Feed, Work, answer_of, by_workers, folder_samples, serve
 
 sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT / "bench"]  # ``datasets`` is a peer's name
 
@@ -40,9 +40,6 @@ ROWS_A_BATCH, TEXTS_A_BATCH, CLIPS_A_BATCH, NAMES_A_BATCH = 256, 32, 32, 256
 RATE_HZ, NUM_MELS = 8000, 64
 PEERS = ("pandas", "datasets", "tokenizers", "transformers", "soundfile", "torchcodec")
 BARS = {"1e7 names, resident bytes": 1e9, "1e7 names, opened in s": 0.1}
-
-Feed = Callable[[], Iterator[dict[str, Any]]]
-"""One epoch of batches at each call."""
 
 
 # Tables
@@ -360,25 +357,7 @@ def clips_of(batch: dict[str, Any]) -> dict[str, float]:
     }
 
 
-# What a process does
-
-
-def by_workers(dataset: Any, batch_size: int, collate: Any, numbers: tuple[int, ...]) -> dict[str, Feed]:
-    """The same DataLoader with each number of workers, which stay from epoch to epoch."""
-    from torch.utils.data import DataLoader
-
-    return {
-        f"{number} workers": DataLoader(
-            dataset,
-            batch_size,
-            shuffle=True,
-            num_workers=number,
-            collate_fn=collate,
-            persistent_workers=number > 0,
-            multiprocessing_context="fork" if number and hasattr(os, "fork") else None,
-        ).__iter__
-        for number in numbers
-    }
+# What is measured
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -425,76 +404,17 @@ OTHER_ROUNDING = {"datasets, torch.stft", "by hand, torch.stft"}
 AS_THEY_COME = "torchkeep, BLAS threads as they come"
 
 
-def serve(kind: str, work: str, folder: Path) -> None:
-    """Say what an epoch holds and which way is the fastest; then an epoch's seconds for each line that is read."""
-    import torch
-
-    if work != AS_THEY_COME:
-        torch.set_num_threads(1)
-    feeds: dict[str, Feed] = KINDS[kind]["works"][work](folder)
-    content: dict[str, float] = {}
-    for batch in next(iter(feeds.values()))():
-        for name, value in KINDS[kind]["content"](batch).items():
-            content[name] = content.get(name, 0) + value
-    tried = {name: min(epoch_s(feed) for _ in range(3 if len(feeds) > 1 else 1)) for name, feed in feeds.items()}
-    best = min(tried, key=lambda name: tried[name])
-    feed = feeds[best]
-    del feeds
-    print(json.dumps({"content": content, "way": best, "tried_s": tried}), flush=True)
-    for line in sys.stdin:
-        seconds, epochs, spent = float(line), 0, 0.0
-        while spent < seconds:
-            spent += epoch_s(feed)
-            epochs += 1
-        print(json.dumps(content["units"] * epochs / spent), flush=True)
-
-
-def epoch_s(feed: Feed) -> float:
-    began = time.perf_counter()
-    for _ in feed():
-        pass
-    return time.perf_counter() - began
-
-
-class Work:
-    """A process that holds one work and measures it when it is asked."""
-
-    def __init__(self, kind: str, name: str, folder: Path):
-        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"),
-                 "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--work", kind, name, str(folder)],
-            env={**os.environ, **quiet, **({} if name == AS_THEY_COME else one_thread)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.name = name
-        self.facts = self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"the work {self.name!r} ended with {self._process.wait()}")
-        return json.loads(line)
-
-    def rate(self, seconds: float) -> float:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        return float(self._answer())
-
-    def close(self) -> None:
-        self._process.communicate()
+def begun(kind: str, name: str, folder: Path) -> Work:
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"),
+             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
+    return Work(__file__, [kind, name, str(folder)], {**quiet, **({} if name == AS_THEY_COME else ONE_THREAD)})
 
 
 def feed_rates(kind: str, rounds: int, seconds: float, folder: Path) -> dict[str, Any]:
     """All works of a kind, checked against one another, then timed in turn."""
     if kind == "texts":
         make_tokenizer(folder)
-    works = {name: Work(kind, name, folder) for name in KINDS[kind]["works"] if not lacks(kind, name)}
+    works = {name: begun(kind, name, folder) for name in KINDS[kind]["works"] if not lacks(kind, name)}
     try:
         check_equal(kind, works)
         rates = interleave({name: partial(work.rate, seconds) for name, work in works.items()}, rounds)
@@ -546,11 +466,7 @@ def index_measures(count: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def in_process(work: str, *arguments: object) -> Any:
-    command = [sys.executable, __file__, "--work", "index", work, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{work} ended with {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return answer_of(__file__, ["index", work, *map(str, arguments)], {})
 
 
 def memory_bytes() -> tuple[int, int]:
@@ -705,16 +621,8 @@ def folder_times(rounds: int, folder: Path) -> dict[str, list[float]]:
 
 
 def image_folder_s(root: Path) -> float:
-    """torchvision's make_dataset: classes, a sorted walk of each, a tuple for each file."""
     began = time.perf_counter()
-    samples = []
-    for number, name in enumerate(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())):
-        for place, _, files in sorted(os.walk(root / name, followlinks=True)):
-            for file in sorted(files):
-                path = os.path.join(place, file)
-                if path.lower().endswith((".jpg", ".jpeg", ".png")):
-                    samples.append((path, number))
-    assert samples
+    assert folder_samples(root)
     return time.perf_counter() - began
 
 
@@ -804,7 +712,7 @@ def main() -> None:
 
 def run_work(kind: str, work: str, *arguments: str) -> None:
     if kind != "index":
-        serve(kind, work, Path(arguments[0]))
+        serve(partial(KINDS[kind]["works"][work], Path(arguments[0])), KINDS[kind]["content"])
         return
     made = [Path(value) if "/" in value or "\\" in value else int(value) for value in arguments]
     print(json.dumps(globals()[work](*made)))

@@ -56,9 +56,12 @@ def keyed_bits(key: ChanceKey, operation: str, ids: np.ndarray[Any, Any], draw: 
 
     Shapes:  ids (B,) integers → (B,) uint64
     """
+    return _keyed_bits(key, operation, ids, np.uint64((draw + 1) * _GOLDEN & _MASK))
+
+
+def _keyed_bits(key: ChanceKey, operation: str, ids: np.ndarray[Any, Any], steps: Any) -> U64:
     with np.errstate(over="ignore"):
-        per_id = _mix_array(ids.astype(np.uint64) + np.uint64(_base(key, operation)))
-        return _mix_array(per_id + np.uint64((draw + 1) * _GOLDEN & _MASK))
+        return _mix_array(_mix_array(ids.astype(np.uint64) + np.uint64(_base(key, operation))) + steps)
 
 
 def keyed_uniform(key: ChanceKey, operation: str, ids: np.ndarray[Any, Any], count: int = 1) -> np.ndarray[Any, Any]:
@@ -67,8 +70,8 @@ def keyed_uniform(key: ChanceKey, operation: str, ids: np.ndarray[Any, Any], cou
     Shapes:  ids (B,) integers → (B, count) float64
     Units:   uniform in [0, 1)
     """
-    columns = [keyed_bits(key, operation, ids, draw) >> np.uint64(11) for draw in range(count)]
-    return np.stack(columns, axis=1).astype(np.float64) * 2.0**-53
+    steps = np.array([(draw + 1) * _GOLDEN & _MASK for draw in range(count)], dtype=np.uint64)
+    return (_keyed_bits(key, operation, ids[:, None], steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def keyed_seed(key: ChanceKey, operation: str, sample_id: int = 0) -> int:

@@ -149,7 +149,7 @@ def gone(pids: list[int]) -> bool:
 
 
 @linux
-@pytest.mark.parametrize("backend", ["processes", "threaded_process"])
+@pytest.mark.parametrize("backend", KINDS)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_end_of_the_trainer_leaves_no_process_and_no_file(
     backend: str, number: int, root: Path, tmp_path: Path
@@ -159,7 +159,7 @@ def test_an_end_of_the_trainer_leaves_no_process_and_no_file(
     with python(script, backend, str(root), start_new_session=True) as trainer:
         assert trainer.stdout is not None
         pids = [int(word) for word in trainer.stdout.readline().split()]
-        assert len(pids) == (2 if backend == "processes" else 1)
+        assert len(pids) == {"processes": 2, "threaded_process": 1, "threads": 0}[backend]
         if number == signal.SIGINT:  # Ctrl-C goes to everything in the terminal
             os.killpg(trainer.pid, number)
         else:

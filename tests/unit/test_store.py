@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from torchkeep.files import lock_byte
 from torchkeep.store import _ALIGN, _END_AT, Store, evict
 
 MB = 1 << 20
@@ -166,6 +167,22 @@ def test_who_opens_a_damaged_file_at_once_with_others_shares_the_new_one(tmp_pat
             assert [os.fstat(store.fileno()).st_ino for store in stores] == [path.stat().st_ino] * 4
             for store in stores:
                 store.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows removes no open file")
+def test_a_file_that_is_removed_while_it_is_opened_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.store"
+    moments = iter([path.unlink])
+
+    def late(*arguments: object) -> bool:
+        next(moments, lambda: None)()
+        return lock_byte(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("torchkeep.store.lock_byte", late)
+    fill(Store.on_disk(path, 5, MB), range(5))
+    assert right(Store.on_disk(path, 5, MB)) == list(range(5))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows hands no files to other processes")

@@ -28,6 +28,15 @@ _CAST = {
 }
 
 
+def gathered(column: Tensor, indices: Indices) -> Tensor:
+    """Some rows of a tensor. Shapes:  column (N, …), indices (B,) → (B, …)"""
+    if column.dtype == torch.bfloat16 or not column.is_contiguous():
+        return torch.index_select(column, 0, torch.from_numpy(indices))
+    # NumPy gathers flat rows in two thirds of the time of index_select
+    rows = column.numpy().reshape(len(column), -1).take(indices, 0)
+    return torch.from_numpy(rows).view(len(indices), *column.shape[1:])
+
+
 class Columns(KeyedData):
     """Tensors of one length by name: what arrays and tables are once they are made."""
 
@@ -46,8 +55,7 @@ class Columns(KeyedData):
 
     def read_batch(self, indices: Indices, key: ChanceKey) -> Batch:
         """Shapes: indices (B,) int64 → each column (B, …)."""
-        positions = torch.from_numpy(indices)
-        return {name: torch.index_select(column, 0, positions) for name, column in self.columns.items()}
+        return {name: gathered(column, indices) for name, column in self.columns.items()}
 
     def fingerprint(self) -> str:
         """xxh3 of names, shapes, types and bytes."""

@@ -24,6 +24,7 @@ _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _EXIF_SEARCH_BYTES = 1 << 16
 _ORIENTATION_TAG = 0x0112
+_START_OF_SCAN = 0xDA
 _TIFF_BITS_TAG = 0x0102
 _SMALL_GREYS = {2: 85, 4: 17}  # bits of a PNG's pixel → by what Pillow multiplies it, so that white is 255
 
@@ -104,7 +105,7 @@ def _decode_jpeg(data: bytes, channels: int) -> U8:
         if _is_damage(str(error)):
             raise
         return _decode_by_pillow(data, channels)  # rare forms of JPEG, and harmless bytes between segments
-    return np.asarray(_oriented(image, _exif_orientation(data, b"Exif\x00\x00")))
+    return np.asarray(_oriented(image, _exif_orientation(data, b"Exif\x00\x00", _end_of_header(data))))
 
 
 def _is_damage(said: str) -> bool:
@@ -173,9 +174,17 @@ def _in_channels(stored: Pixels, channels: int) -> Pixels:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _exif_orientation(data: bytes, mark: bytes) -> int:
+def _end_of_header(data: bytes) -> int:
+    """Where the pixels of a JPEG begin: to look through them for what stands before them takes longer than a flip."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1] != _START_OF_SCAN and place < len(data) - 4:
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return min(place, len(data)) if data[place : place + 1] == b"\xff" else len(data)
+
+
+def _exif_orientation(data: bytes, mark: bytes, end: int = _EXIF_SEARCH_BYTES) -> int:
     """1 to 8 as in EXIF 2.32, table 6; 1 where nothing is said or what is said cannot be read."""
-    start = data.find(mark, 0, _EXIF_SEARCH_BYTES)
+    start = data.find(mark, 0, min(end, _EXIF_SEARCH_BYTES))
     if start < 0:
         return 1
     tiff = data[start + len(mark) :][:_EXIF_SEARCH_BYTES]

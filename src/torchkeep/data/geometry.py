@@ -76,10 +76,8 @@ class Canvas:
     def pixels(self) -> Pixels:
         """What waits is done. Shapes: (H, W, C), C contiguous where anything was done."""
         if self._matrix is not None:
-            image = np.ascontiguousarray(self._image)
-            done = (
-                _flipped(image, self._matrix) if self._edge is None else self._warped(image, self._matrix, self._edge)
-            )
+            image, matrix = np.ascontiguousarray(self._image), self._matrix
+            done = _flipped(image, matrix) if self._edge is None else self._warped(image, matrix, self._edge)
             self._image = np.asarray(done, image.dtype).reshape(image.shape)
             self._matrix = self._edge = None
         return self._image

@@ -16,6 +16,7 @@ import torch
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
 from ..errors import BadSampleError, DataError
+from .arrays import gathered
 from .augment import Augmentation, Augmentations, check_augmentations
 from .blobs import Blobs, Cells, FolderRows, FrameRows, ListedFiles, folder_of, read_file
 from .cache import PictureCache, to_short_side
@@ -385,7 +386,7 @@ class IdxImages(Images):
         """One gather where nothing is changed on the way."""
         if self.begin(indices[:0], key) is not None:
             return super().read_batch(indices, key)
-        images = torch.index_select(torch.from_numpy(self.pixels), 0, torch.from_numpy(indices))
+        images = gathered(torch.from_numpy(self.pixels), indices)
         return {"image": images.permute(0, 3, 1, 2), **self.labels_of(indices)}
 
     def without_augmentation(self) -> Images:

@@ -23,6 +23,8 @@ from torchkeep.data.images import ImageFolder, ImageTable
 from torchkeep.data.loader import Loader
 from torchkeep.errors import BadSampleError, DataError
 
+GEOMETRY = tuple(name for name in NAMES if name.endswith(("crop", "flip", "shift", "rotation", "affine")))
+POLICIES = ("rand_augment", "trivial_augment")
 CLASSES = tuple(f"c{number}" for number in range(255))
 # 5 rows down or 8 columns right are 40 more: whatever moves the one and not the other is seen
 RAMP = (8 * np.arange(20)[:, None] + 5 * np.arange(18)).astype(np.uint8)
@@ -48,7 +50,7 @@ def opened(root: Path, classes: Sequence[str] = CLASSES, **options: Any) -> Imag
 
 
 @pytest.mark.parametrize("size", [None, 13, 18, 40])
-@pytest.mark.parametrize("augment", [(), *((name,) for name in NAMES), NAMES, NAMES[::-1]])
+@pytest.mark.parametrize("augment", [(), *((name,) for name in GEOMETRY), GEOMETRY, GEOMETRY[::-1]])
 def test_a_mask_moves_as_its_image_does(tmp_path: Path, size: int | None, augment: tuple[str, ...]) -> None:
     """The image's pixels are its mask's numbers: between two pixels the image is a mean, and the mask the nearer."""
     data = opened(folders(tmp_path, [RAMP, RAMP[::-1], RAMP[:, ::-1], 255 - RAMP // 2 - 1]), image_size=size,
@@ -62,7 +64,7 @@ def test_a_mask_moves_as_its_image_does(tmp_path: Path, size: int | None, augmen
         away = (batch["image"][:, 0].long() - batch["mask"]).abs()
         if set(augment) <= {"horizontal_flip", "vertical_flip", "random_shift"} and size in (None, 18):
             assert away.max() == 0
-        assert away.max() <= 20  # of 237: two and a half pixels down, where several operations each take the nearest
+        assert away.max() <= 24  # of 237: three pixels down, where several operations each take the nearest
         assert away.float().mean() < 5
         for row, index in enumerate(indices.tolist()):
             alone = data.read(index, ChanceKey(4, epoch))
@@ -78,7 +80,8 @@ def test_no_class_arises_between_two_others(tmp_path: Path, size: int | None, au
     for epoch in range(3):
         batch = data.read_batch(np.array([0]), ChanceKey(0, epoch))
         assert batch is not None
-        assert set(batch["mask"].unique().tolist()) == {0, 200}
+        moved_in = {-100} if set(augment) & set(POLICIES) else set()  # no class
+        assert {0, 200} <= set(batch["mask"].unique().tolist()) <= {0, 200} | moved_in
 
 
 def test_masks_are_read_by_any_loader_and_by_threads(tmp_path: Path) -> None:

@@ -105,6 +105,13 @@ def write_folders(desk: Any) -> None:
         path.write_bytes(picture(number))
 
 
+def write_damaged(desk: Any) -> None:
+    write_folders(desk)
+    for number in (4, 11):
+        path = desk.folder / "images" / label(number) / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:60])
+
+
 def write_masks(desk: Any) -> None:
     desk.write("net.py", PIXEL_NET)
     for number in range(SIZE):
@@ -224,6 +231,19 @@ CASES: dict[str, tuple[Callable[[Any], None], str, str, list[str]]] = {
         CONVNET,
         ["accuracy"],
     ),
+    "others for bad images, in memory": (
+        write_damaged,
+        'train = "images"\nimage_size = 8\naugment = ["random_resized_crop"]\ncache = "ram"\n'
+        f'on_bad = "substitute"\nbad_fraction = 0.2\n{FRACTION}',
+        CONVNET,
+        ["accuracy"],
+    ),
+    "bad images left out": (
+        write_damaged,
+        f'train = "images"\nimage_size = 8\non_bad = "mask"\nbad_fraction = 0.2\n{FRACTION}',
+        CONVNET,
+        ["accuracy"],
+    ),
     "idx": (write_idx, f'train = "train-images-idx3-ubyte.gz"\n{FRACTION}', CONVNET, ["accuracy"]),
     "npz": (write_arrays, f'train = "rows.npz"\n{FRACTION}', MLP, ["accuracy"]),
     "arrow": (write_arrow, f'train = "texts.arrow"\n{FRACTION}', TEXTCONV, ["accuracy"]),
@@ -255,10 +275,11 @@ def test_every_kind_trains_and_is_measured(desk: Any, case: str) -> None:
         assert all(math.isfinite(value) for value in json.loads(measured.out).values())
 
 
-@pytest.mark.parametrize("case", ["texts", "blocks", "sounds"])
-def test_an_interrupted_run_of_texts_or_sounds_ends_the_same(
-    desk: Any, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+RESUMED = ["texts", "blocks", "sounds", "others for bad images, in memory", "bad images left out"]
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_an_interrupted_run_ends_the_same(desk: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_recipe(desk, case, epochs=3, more="\n[checkpoint]\nevery = 2\n")
     assert desk.say("train", "kind.toml", "--quiet").code == 0
     wanted, steps = desk.parameters("runs/kind"), desk.last_step("runs/kind")

@@ -29,7 +29,8 @@ NUM_CORES, MANY_WORKERS = 2, 8
 SAMPLES_AN_EPOCH = 2000
 ROW_BYTES = 64
 SEEKS, WARM_BATCHES = 9, 30
-DATALOADER, INDEX_SELECT, CEILING = "DataLoader", "expert: index_select", "decoding alone, 2 threads"
+DATALOADER, DATALOADER_ALONE, INDEX_SELECT = "DataLoader", "DataLoader without workers", "expert: index_select"
+CEILING = "decoding alone, 2 threads"
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores are tried on purpose
 
@@ -52,8 +53,8 @@ def images_torchkeep(folder: Path, **options: Any) -> dict[str, Feed]:
     return {f"{loader.plan.workers} {loader.plan.backend}": loader.__iter__}
 
 
-def images_dataloader(folder: Path) -> dict[str, Feed]:
-    return by_workers(Pictures(folder_samples(HYMENOPTERA)), IMAGES_A_BATCH, None, (0, 1, 2, 4))
+def images_dataloader(folder: Path, numbers: tuple[int, ...]) -> dict[str, Feed]:
+    return by_workers(Pictures(folder_samples(HYMENOPTERA)), IMAGES_A_BATCH, None, numbers)
 
 
 class Pictures:
@@ -237,7 +238,8 @@ KINDS: dict[str, dict[str, Any]] = {
             "torchkeep, cache in memory": partial(images_torchkeep, cache="ram"),
             "torchkeep, processes": partial(images_torchkeep, workers=NUM_CORES, backend="processes"),
             "torchkeep, threaded process": partial(images_torchkeep, workers=NUM_CORES, backend="threaded_process"),
-            DATALOADER: images_dataloader,
+            DATALOADER: partial(images_dataloader, numbers=(1, 2, 4)),
+            DATALOADER_ALONE: partial(images_dataloader, numbers=(0,)),
             "expert: simplejpeg, OpenCV, threads": images_expert,
             CEILING: images_decoded,
         },

@@ -71,6 +71,10 @@ class CheckpointError(TorchkeepError):
     """A checkpoint that is missing, damaged or does not fit."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not those that were written."""
+
+
 class RunFailedError(TorchkeepError):
     """A training that began and could not go on."""
 

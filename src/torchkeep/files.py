@@ -13,18 +13,22 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import orjson
 import xxhash
 
 from .errors import RunFolderError, StorageError
 
-_CHUNK_BYTES = 1 << 20
+if TYPE_CHECKING:
+    import numpy as np
+
+_CHUNK_BYTES = 8 << 20  # hashed and written in turn: less is given back to other threads too often to be fast
+_SMALL_BYTES = 1 << 16
 _TELLS_OPENINGS_APART = sys.platform == "linux"
 _seeking = threading.Lock()  # Windows writes and locks where a file's one position is
 
@@ -45,11 +49,27 @@ def checksum(data: bytes | memoryview) -> str:
 def receipt_of(path: Path) -> Receipt:
     """Size and checksum of a file as it lies on the disk."""
     digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         while block := file.read(_CHUNK_BYTES):
             digest.update(block)
             size += len(block)
     return Receipt(size, digest.hexdigest())
+
+
+def read_with_receipt(path: Path) -> tuple[np.ndarray[Any, Any], Receipt]:
+    """A file's bytes in memory that can be written to, (N,) uint8, hashed while they are read.
+
+    Raises:  OSError
+    """
+    import numpy as np
+
+    digest, done = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+        while done < len(data) and (count := file.readinto(data[done : done + _CHUNK_BYTES].data)):
+            digest.update(data[done : done + count].data)
+            done += count
+    return data[:done], Receipt(done, digest.hexdigest())
 
 
 @contextlib.contextmanager
@@ -142,13 +162,10 @@ class DurableFolder:
         """One file, hashed while it is written, synced before the call returns."""
         digest, size = xxhash.xxh3_128(), 0
         with reported(self.path / name), (self.hidden / name).open("wb", buffering=0) as file:
-            for part in parts:
-                view = memoryview(part).cast("B")
-                for start in range(0, len(view), _CHUNK_BYTES):
-                    block = view[start : start + _CHUNK_BYTES]
-                    digest.update(block)
-                    write_all(file, block)
-                size += len(view)
+            for block in _blocks(parts):
+                digest.update(block)
+                write_all(file, block)
+                size += len(block)
             sync_file(file)
         self.receipts[name] = Receipt(size, digest.hexdigest())
 
@@ -170,6 +187,22 @@ class DurableFolder:
         except BaseException:
             shutil.rmtree(self.hidden, ignore_errors=True)
             raise
+
+
+def _blocks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """The same bytes in blocks: small parts joined, large ones cut."""
+    small = bytearray()
+    for part in parts:
+        view = memoryview(part).cast("B")
+        if len(view) < _SMALL_BYTES:
+            small += view
+        if small and (len(view) >= _SMALL_BYTES or len(small) >= _CHUNK_BYTES):
+            yield memoryview(bytes(small))
+            small.clear()
+        if len(view) >= _SMALL_BYTES:
+            yield from (view[start : start + _CHUNK_BYTES] for start in range(0, len(view), _CHUNK_BYTES))
+    if small:
+        yield memoryview(bytes(small))
 
 
 def write_all(file: IO[bytes], block: memoryview) -> None:

@@ -40,7 +40,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise SettingsError(
             "the recipe is missing", where=path, got="no such file", expected="a TOML file",
-            fix=_near_file(path) or "torchkeep schema prints what a recipe holds",
+            fix=nearest(path.name, [found.name for found in path.parent.glob("*.toml")])
+            or "torchkeep schema prints what a recipe holds",
         ) from None  # fmt: skip
     except IsADirectoryError:
         raise SettingsError("the recipe is a folder", where=path, expected="a TOML file") from None
@@ -50,13 +51,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise SettingsError("the recipe cannot be read", where=path, got=error.strerror or error) from None
-
-
-def _near_file(path: Path) -> str:
-    try:
-        return nearest(path.name, [found.name for found in path.parent.glob("*.toml")])
-    except OSError:
-        return ""
 
 
 def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
@@ -117,7 +111,7 @@ def _plain(value: Any) -> Any:
 def _explain(model: type[Settings], errors: list[Any], data: dict[str, Any], where: object) -> SettingsError:
     # an unknown key is the cause more often than the missing one beside it
     first = min(errors, key=lambda found: found["type"] != "extra_forbidden")
-    path = _path_in(data, first["loc"])
+    path, got = _found_at(data, first["loc"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, path[:-1])
@@ -132,7 +126,6 @@ def _explain(model: type[Settings], errors: list[Any], data: dict[str, Any], whe
     said = "; ".join(
         dict.fromkeys(_sentence(found) for found in errors if found["loc"][: len(path)] == first["loc"][: len(path)])
     )
-    got = _at(data, path)
     return SettingsError("a value cannot be used", where=f"{where}: {key or 'recipe'}", got=f"{got!r}", expected=said)
 
 
@@ -145,15 +138,18 @@ def _sentence(found: Any) -> str:
     return text[0].lower() + text[1:] if text else text
 
 
-def _path_in(data: Any, loc: tuple[str | int, ...]) -> list[str]:
-    """The keys of an error's place. pydantic puts the tried type of a union after them: "int", "constrained-int"."""
+def _found_at(data: Any, loc: tuple[str | int, ...]) -> tuple[list[str], Any]:
+    """The keys of an error's place, and the value there.
+
+    pydantic puts the tried type of a union after them: "int", "constrained-int".
+    """
     path: list[str] = []
     for part in loc:
         if not isinstance(data, dict) or part not in data:
             break
         path.append(str(part))
         data = data[part]
-    return path
+    return path, data
 
 
 def _elsewhere(model: type[BaseModel], name: str) -> str:
@@ -181,12 +177,6 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
         if found is not None:
             return found
     return None
-
-
-def _at(data: Any, path: list[str]) -> Any:
-    for part in path:
-        data = data.get(part) if isinstance(data, dict) else None
-    return data
 
 
 def flatten(data: Json, prefix: str = "") -> dict[str, Json]:

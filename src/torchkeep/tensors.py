@@ -6,14 +6,14 @@ A state is a tree of dicts and lists whose leaves are JSON values or tensors. ``
 
 from __future__ import annotations
 
+import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,25 +24,54 @@ _TENSOR = "$tensor"
 _INT_KEYS = "$int_keys"
 _TUPLE = "$tuple"
 _FLOAT = "$float"
+_BYTES = "$bytes"
 _MAX_DEPTH = 64
+_MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+_ALIGNMENT = 8
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32",
+    torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_KINDS = {text: kind for kind, text in _TYPES.items()}
 
 
 def pack(state: Any, prefix: str = "") -> tuple[Json, TensorTree]:
-    """Part a state into strict JSON and tensors.
+    """Part a state into strict JSON and tensors. A tensor that is there twice, as tied parameters are, is kept once.
 
     Raises:  CheckpointError where a value is neither, naming its place in the tree
     """
-    tensors: TensorTree = {}
-    return _pack(state, prefix, tensors), tensors
+    tensors = _Tensors()
+    return _pack(state, prefix, tensors), tensors.by_name
 
 
-def _pack(value: Any, path: str, tensors: TensorTree) -> Json:
+class _Tensors:
+    """The tensors met so far, and the names of those that may be met again."""
+
+    def __init__(self) -> None:
+        self.by_name: TensorTree = {}
+        self._names: dict[Any, str] = {}
+
+    def leaf(self, value: Tensor, path: str) -> Json:
+        kept, leaf = value.detach(), {}
+        if value.dtype not in _TYPES:  # such as complex numbers: as bytes, with what they are of
+            leaf = {_BYTES: [str(value.dtype).removeprefix("torch."), list(value.shape)]}
+            kept = torch.frombuffer(bytearray(_bytes_of(value)) or bytearray(1), dtype=torch.uint8)
+        place = (value.device, value.dtype, value.data_ptr(), tuple(value.shape), value.stride())
+        name = self._names.get(place) if value.numel() else None
+        if name is None:
+            name = path or "value"
+            while name in self.by_name:  # {"a.b": …} beside {"a": {"b": …}}
+                name += "'"
+            self.by_name[name] = kept
+            self._names[place] = name
+        return {_TENSOR: name, **leaf}
+
+
+def _pack(value: Any, path: str, tensors: _Tensors) -> Json:
     if isinstance(value, Tensor):
-        name = path or "value"
-        while name in tensors:  # {"a.b": …} beside {"a": {"b": …}}
-            name += "'"
-        tensors[name] = value.detach()
-        return {_TENSOR: name}
+        return tensors.leaf(value, path)
     if isinstance(value, dict):
         return _pack_dict(value, path, tensors)
     if isinstance(value, list | tuple):
@@ -61,7 +90,7 @@ def _pack(value: Any, path: str, tensors: TensorTree) -> Json:
     )  # fmt: skip
 
 
-def _pack_dict(value: dict[Any, Any], path: str, tensors: TensorTree) -> Json:
+def _pack_dict(value: dict[Any, Any], path: str, tensors: _Tensors) -> Json:
     def inner(key: Any) -> Json:
         return _pack(value[key], f"{path}.{key}" if path else str(key), tensors)
 
@@ -82,12 +111,10 @@ def unpack(data: Json, tensors: TensorTree) -> Any:
         return [unpack(item, tensors) for item in data]
     if not isinstance(data, dict):
         return data
+    if _TENSOR in data and len(data) <= 2:
+        return _tensor_of(data, tensors)
     if len(data) == 1:
         key, value = next(iter(data.items()))
-        if key == _TENSOR:
-            if value not in tensors:
-                raise CheckpointError("a state names a tensor that is not there", where=f"tensor {value!r}")
-            return tensors[value]
         if key == _INT_KEYS:
             return {int(name): unpack(item, tensors) for name, item in value.items()}
         if key == _TUPLE:
@@ -97,27 +124,61 @@ def unpack(data: Json, tensors: TensorTree) -> Any:
     return {key: unpack(value, tensors) for key, value in data.items()}
 
 
+def _tensor_of(leaf: Json, tensors: TensorTree) -> Tensor:
+    name = leaf[_TENSOR]
+    if name not in tensors:
+        raise CheckpointError("a state names a tensor that is not there", where=f"tensor {name!r}")
+    if _BYTES not in leaf:
+        return tensors[name]
+    text, shape = leaf[_BYTES]
+    kind = getattr(torch, text, None)
+    if not isinstance(kind, torch.dtype):
+        raise CheckpointError("a state names a type that torch does not have", where=f"tensor {name!r}", got=text)
+    size = math.prod(shape) * kind.itemsize
+    return tensors[name][:size].clone().view(kind).view(shape)
+
+
 def to_json(value: Json, *, indent: bool = False) -> bytes:
     """Strict JSON, keys in the order given, non-finite floats refused by ``pack`` before."""
     return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE if indent else 0)
 
 
 def read_json(path: Path) -> Json:
-    """Read strict JSON: no NaN, no depth beyond 64, nothing but UTF-8.
+    """Read strict JSON: no NaN, no key twice, no depth beyond 64, nothing but UTF-8.
 
     Raises:  CheckpointError naming the file
     """
     try:
-        data = orjson.loads(path.read_bytes())
+        data = _strict(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
             "a file is missing", where=path, fix="torchkeep runs shows which runs are whole"
         ) from None
-    except (orjson.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError("a file is not the JSON it should be", where=path, got=error) from error
+    except RecursionError:
+        raise CheckpointError(
+            "a file is nested too deeply", where=path, expected=f"at most {_MAX_DEPTH} levels"
+        ) from None
     if _depth(data) > _MAX_DEPTH:
         raise CheckpointError("a file is nested too deeply", where=path, expected=f"at most {_MAX_DEPTH} levels")
     return data
+
+
+def _strict(text: bytes) -> Json:
+    """Raises:  ValueError for what is no strict JSON"""
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_refused)
+
+
+def _once_each(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key that is there twice")
+    return made
+
+
+def _refused(text: str) -> Json:
+    raise ValueError(f"{text}, which is no JSON")
 
 
 def _depth(data: Json) -> int:
@@ -131,27 +192,71 @@ def _depth(data: Json) -> int:
     return deepest
 
 
-def to_safetensors(tensors: TensorTree, metadata: dict[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file. Each tensor is written contiguous, from the CPU, sharing nothing."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    pointers: set[int] = set()
-    for name, tensor in plain.items():
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in pointers:
-            plain[name] = tensor.clone()
-        pointers.add(plain[name].untyped_storage().data_ptr())
-    data: bytes = safetensors.torch.save(plain, metadata)
-    return data
+def to_safetensors(tensors: TensorTree) -> list[memoryview]:
+    """The bytes of a safetensors file in parts: the header, then each tensor as it lies on the CPU, not copied.
+
+    Raises:  CheckpointError for a type that the format does not have
+    Source:  https://github.com/huggingface/safetensors, section "Format"
+    """
+    header: dict[str, Any] = {}
+    parts: list[memoryview] = []
+    end = 0
+    # wide types first, so that each tensor begins at a multiple of its own width
+    for name, tensor in sorted(tensors.items(), key=lambda row: (-row[1].element_size(), row[0])):
+        if tensor.dtype not in _TYPES:
+            raise CheckpointError("safetensors does not have this type", where=f"tensor {name!r}", got=tensor.dtype)
+        begin, data = end, _bytes_of(tensor)
+        end += len(data)
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        parts.append(data)
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return [memoryview(struct.pack("<Q", len(text)) + text), *parts]
 
 
-def read_safetensors(path: Path) -> TensorTree:
-    """All tensors of a file, on the CPU.
+def _bytes_of(tensor: Tensor) -> memoryview:
+    if not tensor.numel():
+        return memoryview(b"")
+    tensor = tensor.detach().cpu().contiguous()
+    # one element may have a stride of 0, which counts as contiguous and cannot be seen as bytes
+    flat = tensor.reshape(-1) if tensor.numel() != 1 else tensor.as_strided((1,), (1,))
+    return flat.view(torch.uint8).numpy().data
+
+
+def read_safetensors(file: Path | np.ndarray[Any, Any]) -> TensorTree:
+    """All tensors of a file, or of its bytes, whose memory they then share.
 
     Raises:  CheckpointError where the file is missing, damaged or of another form
     """
+    where = file if isinstance(file, Path) else "its bytes"
     try:
-        return safetensors.torch.load(path.read_bytes())
-    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError("this is not a whole safetensors file", where=path, got=error) from error
+        data = np.fromfile(file, np.uint8) if isinstance(file, Path) else file
+        (size,) = struct.unpack_from("<Q", data.data)
+        if size > min(len(data) - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"a header of {size:,} bytes in a file of {len(data):,}")
+        header = _strict(data[8 : 8 + size].tobytes())
+        header.pop("__metadata__", None)
+        return _tensors_in(header, data[8 + size :])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, struct.error) as error:
+        raise CheckpointError("this is not a whole safetensors file", where=where, got=error) from None
+
+
+def _tensors_in(header: dict[str, Any], data: np.ndarray[Any, Any]) -> TensorTree:
+    """Raises:  ValueError, KeyError, TypeError where a tensor is not where its neighbours leave room for it"""
+    tensors, end = {}, 0
+    for name, row in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        begin, stop = row["data_offsets"]
+        kind, shape = _KINDS[row["dtype"]], [int(size) for size in row["shape"]]
+        if begin != end or min([*shape, 0]) < 0 or stop - begin != math.prod(shape) * kind.itemsize:
+            raise ValueError(f"tensor {name!r} at {begin:,} to {stop:,}, of shape {shape}")
+        end = stop
+        piece = data[begin:stop]
+        if piece.ctypes.data % kind.itemsize:  # written by others
+            piece = piece.copy()
+        tensors[name] = torch.from_numpy(piece).view(kind).view(shape) if len(piece) else torch.empty(shape, dtype=kind)
+    if end != len(data):
+        raise ValueError(f"{len(data) - end:,} bytes that belong to no tensor")
+    return tensors
 
 
 def tensor_sha256(tensors: TensorTree) -> str:
@@ -160,9 +265,7 @@ def tensor_sha256(tensors: TensorTree) -> str:
 
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        # one element may have a stride of 0, which counts as contiguous and cannot be seen as bytes
-        flat = tensor.reshape(-1) if tensor.numel() != 1 else tensor.as_strided((1,), (1,))
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(_bytes_of(tensor))
     return digest.hexdigest()

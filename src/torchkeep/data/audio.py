@@ -109,10 +109,6 @@ class Clips(LabelledData):
         sample = {"audio": torch.from_numpy(audio), **self._label_of(index), "id": self.id_of(index)}
         return self.augmentations.apply_callables(sample, key, index)
 
-    def read_batch(self, indices: Indices, key: ChanceKey) -> Batch | None:
-        """Shapes:  indices (B,) → "audio" (B, …, T), "label" (B,), "length" (B,) where clips have several lengths"""
-        return None if self.augmentations.has_callable else super().read_batch(indices, key)
-
     def begin(self, indices: Indices, key: ChanceKey) -> Filling:
         """A batch whose log-mels are made at its end, in one transform; sample by sample where a callable is."""
         return Filling(self, indices, key) if self.augmentations.has_callable else _Waves(self, indices, key)
@@ -192,12 +188,6 @@ class Clips(LabelledData):
         plain.augmentations = SoundAugmentations((), self.features == "log_mel")
         plain.threads = True
         return plain
-
-    def like_files(self, files: Blobs) -> Clips:
-        return Clips(files, None, "inputs", like=self)
-
-    def like_table(self, path: Path, form: Form) -> Clips:
-        return AudioTable(path, audio=self.input_column, label=None, form=form, like=self)
 
     def fingerprint(self) -> str:
         """xxh3 of the recordings' names, sizes or bytes, of what is made of them, and of the labels."""

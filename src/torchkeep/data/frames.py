@@ -17,6 +17,7 @@ import pyarrow.json as pjson
 import pyarrow.parquet as pq
 
 from ..errors import DataError, nearest
+from .index import near_name
 
 Frame = Any
 """A pyarrow.Table; pyarrow has no types."""
@@ -112,9 +113,7 @@ def _read_arrow(path: Path) -> Frame:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     what = "this table is missing" if isinstance(error, FileNotFoundError) else "this table cannot be read"
-    near = ""
-    if isinstance(error, FileNotFoundError) and path.parent.is_dir():
-        near = nearest(path.name, [found.name for found in path.parent.iterdir()])
+    near = near_name(path) if isinstance(error, FileNotFoundError) else ""
     got = (str(error).splitlines() or [type(error).__name__])[0][:300]
     if "utf-8" in got.lower() or "utf8" in got.lower():
         near = "iconv -f latin1 -t utf-8, if that is what it is"

@@ -21,17 +21,15 @@ import pyarrow.compute as pc
 from ..chance import ChanceKey, keyed_seed
 from ..contracts import KeyedDataset, Sample
 from ..errors import DataError, nearest
-from .audio import AudioTable
 from .dataset import Part
 from .frames import Frame, is_text, where_of
-from .images import ImageTable
-from .labels import hub_names
+from .kinds import Kind, table_of
+from .labels import hub_features, hub_names
 from .samples import package_of
 from .streams import Stream
 from .tables import Table
-from .text import Texts, TextTable
+from .text import Texts
 
-Kind = Literal["image", "audio", "text", "table"]
 ByKind = Callable[[Kind], dict[str, Any]]
 
 _NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
@@ -63,12 +61,8 @@ class HubDataset(Part):
     Raises:  DataError for a name that is not there, a split it does not have, or columns that are not what is needed
     """
 
-    def __init__(
-        self, name: str | Path, split: str | None = None, *, kind: Kind | Literal["auto"] = "auto",
-        column: str | None = None, label: str | None = None, by_kind: ByKind | None = None, **options: Any,
-    ):  # fmt: skip
-        held = open_hub(str(name), split or "train")
-        opened = open_hub_frame(held, kind, column, label, by_kind, **options)
+    def __init__(self, name: str | Path, split: str | None = None, **options: Any):
+        opened = open_hub_frame(open_hub(str(name), split or "train"), **options)
         super().__init__(opened, np.arange(len(opened)))
 
 
@@ -82,20 +76,18 @@ def open_hub(name: str, split: str) -> HubFrame:
         loaded = loaded.flatten_indices()
     described = loaded.features.arrow_schema.metadata
     # of files on this disk the library's name follows times and places, not content: then the cells are hashed
-    identity = "" if _is_files(Path(_parsed(name)[0]).expanduser()) else str(loaded._fingerprint)
+    folder = Path(_parsed(name)[0]).expanduser()
+    identity = "" if folder.exists() and not is_saved(folder) else str(loaded._fingerprint)
     return HubFrame(loaded.data.table.replace_schema_metadata(described), where, identity)
 
 
-def _is_files(folder: Path) -> bool:
-    return folder.exists() and not _is_saved(folder)
-
-
-def _is_saved(folder: Path) -> bool:
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote a folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def open_hub_frame(
-    held: HubFrame, kind: Kind | Literal["auto"], column: str | None, label: str | None,
+    held: HubFrame, *, kind: Kind | Literal["auto"] = "auto", column: str | None = None, label: str | None = None,
     by_kind: ByKind | None = None, **options: Any,
 ) -> KeyedDataset:  # fmt: skip
     """The dataset of this wing that reads a table of Hugging Face's.
@@ -106,8 +98,11 @@ def open_hub_frame(
     if label is None:
         without = None if found == "text" else "label"  # texts alone are what a language model learns from
         label = next((known for known in _LABEL_COLUMNS if known in held.frame.column_names), without)
+    options |= by_kind(found) if by_kind else {}
+    if found != "table":
+        options["identity"] = held.identity
     try:
-        made = _made(held, found, name, label, options | (by_kind(found) if by_kind else {}))
+        made = table_of(found, held.frame, name, label, **options)
     except DataError as error:
         error.where = error.where.replace(where_of(held.frame), held.where)
         raise
@@ -115,19 +110,9 @@ def open_hub_frame(
     return cast(KeyedDataset, made)
 
 
-def _made(held: HubFrame, kind: Kind, column: str, label: str | None, options: dict[str, Any]) -> Any:
-    if kind == "table":
-        return Table(held.frame, label or "label", **options)
-    if kind == "text":
-        return TextTable(held.frame, text=column, target=label, identity=held.identity, **options)
-    if kind == "image":
-        return ImageTable(held.frame, image=column, label=label, identity=held.identity, **options)
-    return AudioTable(held.frame, audio=column, label=label, identity=held.identity, **options)
-
-
 def _kind_of(frame: Frame, kind: Kind | Literal["auto"], column: str | None) -> tuple[Kind, str]:
     """What the table holds, and the column that holds it."""
-    features = _features(frame)
+    features = hub_features(frame)
     for wanted, feature in (("image", "Image"), ("audio", "Audio")):
         names = [name for name, described in features.items() if described.get("_type") == feature]
         if names and kind in ("auto", wanted):
@@ -139,33 +124,25 @@ def _kind_of(frame: Frame, kind: Kind | Literal["auto"], column: str | None) -> 
     return (kind if kind != "auto" else "table"), column or (kind if kind != "auto" else "")
 
 
-def _features(frame: Frame) -> dict[str, Any]:
-    import orjson
-
-    described = (frame.schema.metadata or {}).get(b"huggingface")
-    return dict(orjson.loads(described)["info"]["features"]) if described else {}
-
-
 def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
     called, config, said = _parsed(name)
     datasets = package_of("datasets", "hf")
     datasets.disable_progress_bars()
     wanted, folder = said or split, Path(called).expanduser()
-    is_saved = _is_saved(folder)
     try:
-        if is_saved:
+        if is_saved(folder):
             loaded = datasets.load_from_disk(str(folder))
         else:
-            given = {"path": str(folder) if folder.exists() else called, "name": config}
-            loaded = datasets.load_dataset(**given, split=None, streaming=streaming)
+            path = str(folder) if folder.exists() else called
+            loaded = datasets.load_dataset(path, config, streaming=streaming)
     except Exception as error:
-        said = (str(error).strip().splitlines() or [""])[0]
+        line = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
-            "this dataset cannot be opened", where=name, got=f"{type(error).__name__}: {said}"[:300],
+            "this dataset cannot be opened", where=name, got=f"{type(error).__name__}: {line}"[:300],
             expected="a dataset of the hub or of this disk, as hf:NAME, hf:NAME:CONFIG or hf:FOLDER",
         ) from None  # fmt: skip
     chosen = _split_of(loaded, wanted, name) if isinstance(loaded, dict) else _checked(loaded, said, name)
-    return chosen.to_iterable_dataset() if streaming and is_saved else chosen, f"{name} ({wanted})"
+    return chosen.to_iterable_dataset() if streaming and is_saved(folder) else chosen, f"{name} ({wanted})"
 
 
 def _parsed(name: str) -> tuple[str, str | None, str | None]:
@@ -212,26 +189,23 @@ class HubStream(Stream):
 
     def __init__(
         self, name: str | Path, split: str | None = None, *, length: int | None = None, buffer: int = 1024,
-        kind: Kind | Literal["auto"] = "auto", column: str | None = None, label: str | None = None,
-        by_kind: ByKind | None = None, **options: Any,
+        **options: Any,
     ):  # fmt: skip
         source, self._name = _loaded(str(name), split or "train", streaming=True)
         self._arrow = source.features.arrow_schema if source.features is not None else None
         first = list(islice(iter(_undecoded(source)), _AT_ONCE))
         if not first:
             raise DataError("the stream is empty", where=self._name, got="0 samples")
-
-        def make(rows: list[dict[str, Any]], like: Any) -> KeyedDataset:
-            given = options if like is None else {**options, "like": like}
-            return open_hub_frame(HubFrame(self._table(rows), self._name, ""), kind, column, label, by_kind, **given)
-
-        self._make: Callable[[list[dict[str, Any]], Any], KeyedDataset] = make
-        self.reader = make(first, options.get("like"))
+        self._options = options
+        self.reader = self._read(first)
         if options.get("like") is None:
-            named = hub_names(self._table(first), label or next(iter(self.reader.schema.targets), ""))
+            named = hub_names(self._table(first), options.get("label") or next(iter(self.reader.schema.targets), ""))
             _check_learns_nothing(self.reader, bool(named), self._name)
         super().__init__(_undecoded(source), None, length, buffer)
         self.schema = self.reader.schema
+
+    def _read(self, rows: list[dict[str, Any]], **like: Any) -> KeyedDataset:
+        return open_hub_frame(HubFrame(self._table(rows), self._name, ""), **self._options | like)
 
     def _table(self, rows: list[dict[str, Any]]) -> Frame:
         table = pa.Table.from_pylist(rows)
@@ -244,7 +218,7 @@ class HubStream(Stream):
     def _named(self, key: ChanceKey) -> Iterator[Sample]:
         source = self._raw(key)
         for number, rows in enumerate(iter(lambda: list(islice(source, _AT_ONCE)), [])):
-            held = self._make(rows, self.reader)
+            held = self._read(rows, like=self.reader)
             # a sample's chance is that of its place in the stream: each stretch has a key of its own
             chance = ChanceKey(keyed_seed(key, "stream/augment", number), key.epoch)
             for place in range(len(held)):

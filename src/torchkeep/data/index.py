@@ -10,12 +10,11 @@ import contextlib
 import json
 import os
 import re
-import sys
 import threading
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from ..errors import DataError, StorageError, nearest
-from ..files import DurableFolder
+from ..files import DurableFolder, cache_root
 
 Array = np.ndarray[Any, Any]
 
@@ -34,6 +33,8 @@ _SAVED_FROM = 50_000  # files: below that a folder is listed anew in less time t
 _SETTLED_S = 2.0  # a folder that changed within this time may change again without another time stamp
 _CHECKED_AT_ONCE = 1 << 26  # bytes: 10 ms
 _FORM = 2
+_STORED = {"names": np.uint8, "offsets": np.int64, "sizes": np.int64, "labels": np.int32, "folders": np.uint8,
+           "folder_offsets": np.int64, "changed": np.int64}  # fmt: skip
 
 
 def bytes_of_array(numbers: Array) -> memoryview:
@@ -130,8 +131,8 @@ class Listing:
     pattern: str | None = None
     saved_at: Path | None = None
     _fingerprint: str = field(default="", repr=False)
-    is_damaged: bool = False
-    checked: threading.Event = field(default_factory=threading.Event, repr=False)
+    is_damaged: bool = field(default=False, init=False)
+    checked: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -200,13 +201,9 @@ class Listing:
 
         The 480 MB of 10 million files are checked while the work begins; ``is_damaged`` counts once ``checked`` is set.
         """
-        kinds = {"names": np.uint8, "labels": np.int32, "folders": np.uint8}
         try:
             header, said = json.loads((folder / "listing.json").read_bytes())
-            held = {
-                name: _mapped(folder / f"{name}.bin", kinds.get(name, np.int64))
-                for name in ("names", "offsets", "sizes", "labels", "folders", "folder_offsets", "changed")
-            }
+            held = {name: _mapped(folder / f"{name}.bin", kind) for name, kind in _STORED.items()}
             form, root, classes, fingerprint, pattern, lengths, checksum = json.loads(header)
         except (OSError, ValueError, TypeError):
             return None
@@ -226,11 +223,7 @@ class Listing:
     def __reduce__(self) -> Any:
         if self.saved_at is not None:  # another process maps it too
             return _reopened, (self.saved_at, self.fingerprint())
-        return Listing, tuple(getattr(self, name) for name in _STORED)
-
-
-_STORED = ("root", "names", "sizes_bytes", "labels", "classes", "folders", "changed_ns", "pattern", "saved_at",
-           "_fingerprint")  # fmt: skip
+        return Listing, tuple(getattr(self, given.name) for given in fields(self) if given.init)
 
 
 def _reopened(folder: Path, fingerprint: str) -> Listing:
@@ -265,8 +258,8 @@ def list_folder(root: Path, layout: Layout) -> Listing:
     Raises:  DataError for a root that is missing or empty, has no classes, or holds a link that leads out of it
     """
     check_folder(root, layout)
-    cache = _cache_folder()
-    saved = cache / xxhash.xxh3_128_hexdigest(repr((os.path.realpath(root), layout)).encode()) if cache else None
+    cache, name = cache_root(), xxhash.xxh3_128_hexdigest(repr((os.path.realpath(root), layout)).encode())
+    saved = cache / "listings" / name if cache else None
     found = Listing.open(saved) if saved else None
     if found is not None and found.root == root.absolute() and found.is_current():
         return found
@@ -279,22 +272,17 @@ def list_folder(root: Path, layout: Layout) -> Listing:
     return listing
 
 
-def _cache_folder() -> Path | None:
-    is_windows = sys.platform == "win32"
-    said = os.environ.get("LOCALAPPDATA" if is_windows else "XDG_CACHE_HOME")
-    try:
-        base = Path(said) if said else Path.home() / ("AppData/Local" if is_windows else ".cache")
-    except RuntimeError:  # a user without a home, as in some containers
-        return None
-    return base / "torchkeep" / "listings"
+def near_name(path: Path) -> str:
+    """A did-you-mean clause of the names beside a path that is not there."""
+    return nearest(path.name, [found.name for found in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 def check_folder(root: Path, layout: Layout) -> None:
     """Raises:  DataError where ``root`` is no folder"""
     if not root.is_dir():
-        near = nearest(root.name, [found.name for found in root.parent.iterdir()]) if root.parent.is_dir() else ""
         got = "a file" if root.exists() else "no such folder"
-        raise DataError(f"the folder of {layout.what} is missing", where=root, got=got, expected="a folder", fix=near)
+        raise DataError(f"the folder of {layout.what} is missing", where=root, got=got, expected="a folder",
+                        fix=near_name(root))  # fmt: skip
 
 
 def _listed(root: Path, layout: Layout) -> Listing:
@@ -363,7 +351,7 @@ def _walk(root: Path, layout: Layout, folders: list[str], times: Any) -> Iterato
         for _, is_folder, entry in sorted(_entries(place), key=lambda row: row[0]):
             if entry.is_symlink() and (is_folder or layout.holds(entry.name)):
                 real = os.path.realpath(entry.path)
-                if not layout.follow_links and not _is_within(real, real_root):
+                if not layout.follow_links and not Path(real).is_relative_to(real_root):
                     raise _leads_out(root, prefix + entry.name, real)
                 if is_folder and real in above:  # a link to a folder above it
                     continue
@@ -393,13 +381,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
-        return False
-
-
-def _is_within(real: str, real_root: str) -> bool:
-    try:
-        return os.path.commonpath([real, real_root]) == real_root
-    except ValueError:  # another drive
         return False
 
 

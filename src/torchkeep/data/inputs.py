@@ -16,10 +16,11 @@ from ..settings import check
 from .blobs import read_file
 from .dataset import whole
 from .frames import ARROW, JSON_LINES, PARQUET, TABLE_SUFFIXES, Form, column_names, is_table, read_frame
+from .kinds import ENCODED, kind_of, table_of
 from .labels import LabelledData
 from .sources import DataSettings
 from .tables import Table, encode_inputs
-from .text import Texts
+from .text import TextFiles, Texts
 
 _AS_IN_TRAINING = "a dataset as in training, in Python: run.predict(dataset)"
 
@@ -120,7 +121,10 @@ def _file_batches(paths: list[Path], held: Any, batch_size: int) -> Iterator[Inp
             "this model does not take files", where=paths[0], got=f"a file that ends in {paths[0].suffix!r}",
             expected=f"a table: {', '.join(TABLE_SUFFIXES)}" if isinstance(held, Table) else _AS_IN_TRAINING,
         )  # fmt: skip
-    yield from _read(held.like_files(NamedFiles(paths)), batch_size)
+    made: Any = ENCODED[kind_of(held)]
+    files = NamedFiles(paths)
+    source = TextFiles(files, "inputs") if made is Texts else files
+    yield from _read(made(source, None, "inputs", like=held), batch_size)
 
 
 def _table_batches(path: Path, held: Any, settings: DataSettings, batch_size: int) -> Iterator[InputBatch]:
@@ -134,7 +138,7 @@ def _table_batches(path: Path, held: Any, settings: DataSettings, batch_size: in
             "this model does not take this table", where=path, got=f"columns {', '.join(named[:20])}",
             expected=f"a column {column!r}, as in training" if column else _AS_IN_TRAINING,
         )  # fmt: skip
-    yield from _read(held.like_table(path, form), batch_size, str(path))
+    yield from _read(table_of(kind_of(held), path, column, None, form=form, like=held), batch_size, str(path))
 
 
 def _form_of(path: Path, form: Form) -> Form:

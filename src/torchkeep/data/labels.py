@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,17 @@ from ..chance import ChanceKey
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
 from ..errors import DataError, nearest
 from .dataset import Indices, KeyedData
-from .frames import Form, Frame, as_floats, as_texts, is_category, is_text, number_words, require_column
+from .frames import (
+    Frame,
+    as_floats,
+    as_texts,
+    distinct,
+    is_category,
+    is_number,
+    is_text,
+    number_words,
+    require_column,
+)
 from .index import bytes_of_array
 
 
@@ -88,14 +97,6 @@ class LabelledData(KeyedData):
 
     def id_of(self, index: int) -> str:
         return str(self._held.id_of(index))
-
-    def like_files(self, files: Any) -> Any:
-        """Other files of this kind, without labels."""
-        raise AssertionError("a dataset says how its like is made")
-
-    def like_table(self, path: Path, form: Form) -> Any:
-        """The rows of a table, without labels, with their inputs in the column where those of training stood."""
-        raise AssertionError("a dataset says how its like is made")
 
     def _where(self, index: int, key: ChanceKey | None = None) -> str:
         epoch = f", epoch {key.epoch + 1}" if key is not None else ""
@@ -171,9 +172,8 @@ def labels_of_column(
         return Labels("target", like or number_field(values), values)
     _check_words(column.type, place, "texts, whole numbers, lists", like)
     texts = _named(column, names, place)
-    classes = like.classes if like is not None else _in_order(texts, column, names)
-    check_classes(pc.unique(texts).to_pylist(), classes, place)
-    return Labels("label", like or Field("label", (), classes, is_target=True), number_words(texts, classes))
+    classes = like.classes if like is not None else classes_of(texts, column.type, names)
+    return Labels("label", like or Field("label", (), classes, is_target=True), number_classes(texts, classes, place))
 
 
 def _kind_of(kind: Any, separator: str | None) -> str:
@@ -203,8 +203,27 @@ def _check_words(kind: Any, place: str, expected: str, like: Field | None) -> No
 
 def number_field(values: np.ndarray[Any, Any]) -> Field:
     """The field of a number to be predicted, with its mean and deviation over these values."""
+    mean, std = moments(values)
+    return Field("number", (), is_target=True, mean=mean, std=std)
+
+
+def moments(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Mean and deviation of what is finite; 0 and 1 where nothing is, and 1 for a constant, which then becomes 0."""
     known = values[np.isfinite(values)].astype(np.float64)
-    return Field("number", (), is_target=True, mean=float(known.mean()), std=float(known.std()) or 1.0)
+    return (float(known.mean()), float(known.std()) or 1.0) if known.size else (0.0, 1.0)
+
+
+def number_classes(texts: Any, classes: Sequence[str], place: str, rows: Indices | None = None) -> Indices:
+    """Which class each text is, (N,) int64; ``rows`` says which row of the file each is of.
+
+    Raises:  DataError where one is not among those of the training data
+    """
+    numbers = number_words(texts, classes)
+    unknown = np.flatnonzero(numbers < 0)
+    if unknown.size:
+        row = unknown[0] if rows is None else rows[unknown[0]]
+        check_classes(distinct(texts.take(pa.array(unknown))), classes, f"{place}, row {row} (counted from 0)")
+    return numbers
 
 
 def check_classes(found: Sequence[str], classes: Sequence[str], where: str) -> None:
@@ -223,7 +242,7 @@ def check_classes(found: Sequence[str], classes: Sequence[str], where: str) -> N
 
 def check_filled(column: Any, place: str, what: str = "label", rows: Indices | None = None) -> None:
     """Raises:  DataError where a cell is empty; ``rows`` says which row of the file each is"""
-    missing = pc.is_null(column, nan_is_null=True) if pa.types.is_floating(column.type) else pc.is_null(column)
+    missing = pc.is_null(column, nan_is_null=True)
     row = pc.index(missing, True).as_py()
     if row >= 0:
         raise DataError(
@@ -245,12 +264,13 @@ def _named(column: Any, names: list[str], place: str) -> Any:
     return named.combine_chunks() if isinstance(named, pa.ChunkedArray) else named
 
 
-def _in_order(texts: Any, column: Any, names: list[str]) -> tuple[str, ...]:
-    if names and pa.types.is_integer(column.type):
+def classes_of(texts: Any, kind: Any, names: Sequence[str] = ()) -> tuple[str, ...]:
+    """The classes in a column of this type, in order; those of class numbers that have ``names`` are these."""
+    if names and pa.types.is_integer(kind):
         return tuple(names)
-    found = pc.unique(texts).to_pylist()
+    found = distinct(texts)
     # "10" comes after "9" among numbers
-    return tuple(sorted(found, key=int) if pa.types.is_integer(column.type) else sorted(found))
+    return tuple(sorted(found, key=float) if is_number(kind) else found)
 
 
 def _several(column: Any, names: list[str], place: str, like: Field | None, separator: str | None) -> Labels:
@@ -262,15 +282,14 @@ def _several(column: Any, names: list[str], place: str, like: Field | None, sepa
     cells = pc.utf8_trim_whitespace(_named(held, names, place))
     is_named = pc.not_equal(cells, "")  # nothing stands between "a||b"
     cells, rows = pc.filter(cells, is_named), rows[is_named.to_numpy(zero_copy_only=False)]
-    found = pc.unique(cells).to_pylist()
-    classes = like.classes if like is not None else tuple(names) or _in_order(cells, held, names)
+    classes = like.classes if like is not None else tuple(names) or classes_of(cells, held.type)
     if not classes:
         raise DataError("there is no label in any of these rows", where=place, got="empty lists", expected="labels")
-    check_classes(found, classes, place)
+    numbers = number_classes(cells, classes, place, rows)
     offsets = np.zeros(len(column) + 1, np.int64)
     np.cumsum(np.bincount(rows, minlength=len(column)), out=offsets[1:])
     field = Field("multilabel", (len(classes),), classes, is_target=True)
-    return Labels("label", like or field, number_words(cells, classes), offsets)
+    return Labels("label", like or field, numbers, offsets)
 
 
 def _as_lists(column: Any, place: str, separator: str | None, is_new: bool) -> Any:
@@ -291,12 +310,17 @@ def _as_lists(column: Any, place: str, separator: str | None, is_new: bool) -> A
     return pc.split_pattern(texts, separator)
 
 
-def hub_names(frame: Frame, label: str) -> list[str]:
-    """The class names that Hugging Face's datasets writes into a file; empty where there are none."""
+def hub_features(frame: Frame) -> dict[str, Any]:
+    """What Hugging Face's datasets writes into a file of its columns; empty where there is nothing of it."""
     described = (frame.schema.metadata or {}).get(b"huggingface")
     try:
-        kind = orjson.loads(described)["info"]["features"][label] if described else {}
-        names = (kind.get("feature") or kind).get("names") or []
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return []
-    return [str(name) for name in names]
+        return dict(orjson.loads(described)["info"]["features"]) if described else {}
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def hub_names(frame: Frame, label: str) -> list[str]:
+    """The class names that Hugging Face's datasets writes into a file; empty where there are none."""
+    kind = hub_features(frame).get(label)
+    kind = kind.get("feature") or kind if isinstance(kind, dict) else None
+    return list(map(str, kind.get("names") or [])) if isinstance(kind, dict) else []

@@ -42,6 +42,7 @@ Last = Literal["keep", "drop", "pad"]
 
 _MAX_WORKERS = 8
 _SLOW_SAMPLE_S = 1e-3
+_LEAST_AHEAD, _ROWS_AHEAD = 4, 4  # batches; rows for each thread
 _BACKENDS = ("auto", "inline", "threads", "processes", "threaded_process")
 
 
@@ -53,10 +54,11 @@ class FeedPlan:
     workers: int
     reason: str
 
-    @property
-    def ahead(self) -> int:
-        """How many batches are asked for before they are wanted."""
-        return 2 * self.workers if self.backend == "processes" else self.workers + 2
+    def ahead(self, batch_size: int) -> int:
+        """How many batches are asked for before they are wanted: threads fill one together, processes one each."""
+        if self.backend == "processes":
+            return 2 * self.workers
+        return max(_LEAST_AHEAD, -(-_ROWS_AHEAD * self.workers // batch_size))
 
 
 @dataclass
@@ -237,11 +239,11 @@ class Loader:
             yield from self._fed(key, start)
 
     def _fed(self, key: ChanceKey, start: int) -> Iterator[Batch]:
-        feed, parts = self._begin_feed(), self._parts(key, start)
+        feed, parts, ahead = self._begin_feed(), self._parts(key, start), self.plan.ahead(self.batch_size)
         waiting: deque[tuple[Any, int, Tensor | None]] = deque()
         try:
             while True:
-                for indices, valid in itertools.islice(parts, self.plan.ahead - len(waiting)):
+                for indices, valid in itertools.islice(parts, ahead - len(waiting)):
                     waiting.append((feed.ask(_task(indices, key)), len(indices), valid))
                 if not waiting:
                     return

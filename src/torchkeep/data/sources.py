@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -20,19 +21,20 @@ from ..settings import Settings
 from ..usercode import CodeReference, is_reference, line_in, read_reference
 from . import sounds
 from .arrays import open_arrays
-from .audio import AUDIO_SUFFIXES, AudioFolder, AudioTable, Clips
+from .audio import AudioFolder, Clips
 from .augment import NAMES as IMAGE_AUGMENTATIONS
 from .dataset import whole
 from .frames import PARQUET, TABLE_SUFFIXES, Form, column_names, is_table
-from .hub import HubDataset, HubStream, is_hub_name
-from .images import IMAGE_SUFFIXES, IdxImages, ImageFolder, ImageTable
+from .hub import HubDataset, HubStream, is_hub_name, is_saved
+from .images import IdxImages, ImageFolder
+from .index import near_name
+from .kinds import ENCODED, Kind, table_of
 from .masking import NAMES as TEXT_AUGMENTATIONS
 from .splits import split
 from .tables import Table
-from .text import TEXT_SUFFIXES, TextBlocks, TextFolder, Texts, TextTable
+from .text import TextBlocks, TextFolder, Texts
 
 SplitName = Literal["train", "valid", "test"]
-Kind = Literal["image", "audio", "text", "table"]
 LoadFunction = Callable[[CodeReference], Callable[..., Any]]
 
 _HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
@@ -165,34 +167,45 @@ class DataSettings(Settings):
     def form(self) -> Form:
         return Form(self.format == "csv", tuple(self.columns), (self.text or "text",) if self.kind == "text" else ())
 
-    def image_options(self, train: bool) -> dict[str, Any]:
-        """What a dataset of images is made with."""
-        return {
-            "image_size": self.image_size, "channels": self.channels, "bits": self.bits, "mean": self.mean,
-            "std": self.std, "mask_classes": self.mask_classes, "augment": self.augment if train else (),
-        }  # fmt: skip
-
-    def audio_options(self, train: bool) -> dict[str, Any]:
-        """What a dataset of recordings is made with."""
-        return {
-            "sample_rate": self.sample_rate, "channels": self.audio_channels, "seconds": self.seconds,
-            "features": self.features, "num_mels": self.num_mels, "augment": self.augment if train else (),
-        }  # fmt: skip
-
-    def text_options(self, base: Path, like: Any, train: bool) -> dict[str, Any]:
-        """What a dataset of texts is made with: the tokenizer is that of the training data where there are some."""
-        tokenizer, augment = self.tokenizer if like is None else None, self.augment if train else ()
+    def options_of(self, kind: Kind, base: Path, like: Any, train: bool) -> dict[str, Any]:
+        """What a dataset of this kind is made with; texts take the tokenizer of the training data, ``like``."""
+        if kind == "table":
+            if self.augment:
+                what, got = "tables of numbers have no augmentations", ", ".join(self.augment)
+                raise SettingsError(what, where="data.augment", got=got, expected="none")
+            return {"drop": self.drop, "categories": self.categories}
+        augment = self.augment if train else ()
+        if kind == "image":
+            return {
+                "image_size": self.image_size, "channels": self.channels, "bits": self.bits, "mean": self.mean,
+                "std": self.std, "mask_classes": self.mask_classes, "augment": augment,
+            }  # fmt: skip
+        if kind == "audio":
+            return {
+                "sample_rate": self.sample_rate, "channels": self.audio_channels, "seconds": self.seconds,
+                "features": self.features, "num_mels": self.num_mels, "augment": augment,
+            }  # fmt: skip
+        tokenizer = self.tokenizer if like is None else None
         return {"tokenizer": tokenizer, "max_length": self.max_length, "base": base, "augment": augment}
 
-    def table_options(self) -> dict[str, Any]:
-        """What a table of numbers is made with."""
-        self._check_no_augment("tables of numbers")
-        return {"drop": self.drop, "categories": self.categories, "id": self.id}
+    def row_options(self, kind: Kind, base: Path, like: Any, train: bool) -> dict[str, Any]:
+        """What a dataset of a table's rows is made with."""
+        rows = {} if kind == "table" else {"separator": self.separator}
+        masks = {"mask": self.mask} if kind == "image" else {}
+        return {"id": self.id, **rows, **masks, **self.options_of(kind, base, like, train)}
 
-    def _check_no_augment(self, what: str) -> None:
-        if self.augment:
-            got = ", ".join(self.augment)
-            raise SettingsError(f"{what} have no augmentations", where="data.augment", got=got, expected="none")
+    @property
+    def named_kind(self) -> Kind | Literal["auto"]:
+        """What the data are, where ``kind`` or the name of a column says it."""
+        if self.kind != "auto":
+            return self.kind
+        if self.audio is not None or self.text is not None:
+            return "audio" if self.audio is not None else "text"
+        return "image" if self.image != "image" else "auto"  # said: where it is missing, that is a slip
+
+    def column_of(self, kind: str) -> str:
+        """Where the images, recordings or texts stand in a table."""
+        return {"image": self.image, "audio": self.audio or "audio", "text": self.text or "text"}.get(kind, "")
 
     @property
     def predicted(self) -> str | None:
@@ -250,39 +263,37 @@ def open_source(
 
 
 def _open_folder(settings: DataSettings, path: Path, base: Path, like: Any, role: SplitName) -> Any:
-    train = role == "train"
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if is_saved(path):
         return _open_hub(settings, f"hf:{path}", base, like, role)
-    kind = _kind_of_folder(settings, path, like)
-    listed: dict[str, Any] = {
+    kind = _kind_of_folder(settings, path)
+    options = settings.options_of(kind, base, like, role == "train") | {
         "label_pattern": settings.label_pattern, "follow_links": settings.follow_links, "like": like,
     }  # fmt: skip
     if kind == "audio":
-        return AudioFolder(path, **listed, **settings.audio_options(train))
+        return AudioFolder(path, **options)
     if kind == "text":
-        has_classes = settings.block_size is None
-        texts = TextFolder(path, **listed, has_classes=has_classes, **settings.text_options(base, like, train))
-        return texts if has_classes else TextBlocks(texts, settings.block_size or 0)
-    masks = path.parent / settings.masks if settings.masks else None
-    return ImageFolder(path, **listed, masks=masks, **settings.image_options(train))
+        return _in_blocks(TextFolder(path, has_classes=settings.block_size is None, **options), settings)
+    return ImageFolder(path, masks=path.parent / settings.masks if settings.masks else None, **options)
 
 
-def _kind_of_folder(settings: DataSettings, path: Path, like: Any) -> Kind:
+def _in_blocks(opened: Any, settings: DataSettings) -> Any:
+    """Texts cut into blocks where the settings say so; anything else as it is."""
+    is_cut = settings.block_size is not None and isinstance(whole(opened), Texts)
+    return TextBlocks(whole(opened), settings.block_size or 0) if is_cut else opened
+
+
+def _kind_of_folder(settings: DataSettings, path: Path) -> Kind:
     """What most of its first files are; images where nothing tells."""
-    if settings.kind in ("image", "audio", "text"):
-        return cast(Kind, settings.kind)
-    counts: dict[Kind, int] = {"image": 0, "audio": 0, "text": 0}
-    endings: dict[Kind, tuple[str, ...]] = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES, "text": TEXT_SUFFIXES}
-    names = (name for _, _, files in os.walk(path, followlinks=settings.follow_links) for name in files)
-    for name in itertools.islice(names, _LOOK_AT):
-        for kind, suffixes in endings.items():
-            counts[kind] += name.lower().endswith(suffixes)
-    return max(counts, key=lambda kind: counts[kind])
+    if settings.kind in ENCODED:
+        return settings.kind
+    found = (name.lower() for _, _, files in os.walk(path, followlinks=settings.follow_links) for name in files)
+    names = list(itertools.islice(found, _LOOK_AT))
+    return max(ENCODED, key=lambda kind: sum(name.endswith(ENCODED[kind].suffixes) for name in names))
 
 
 def _open_file(settings: DataSettings, path: Path, source: str, base: Path, like: Any, train: bool) -> Any:
     if path.name.endswith(_IDX):
-        options = {**settings.image_options(train), "channels": None}
+        options = {**settings.options_of("image", base, like, train), "channels": None}
         return IdxImages(path, like=like, **options)
     if path.suffix.lower() in (".npz", ".npy"):
         return open_arrays(path)
@@ -298,40 +309,25 @@ def open_table(
 
     Raises:  DataError where it is not what the settings say
     """
-    kind, held = kind_of_table(settings, path), path if frame is None else frame
-    shared: dict[str, Any] = {"form": settings.form, "like": like}
-    rows: dict[str, Any] = {"id": settings.id, "separator": settings.separator, **shared}
-    label = settings.predicted or "label"
-    files: dict[str, Any] = {"root": path.parent, "label": label, **rows}
-    if kind == "image":
-        files |= {"image": settings.image, "mask": settings.mask}
-        return ImageTable(held, **files, **settings.image_options(train))
-    if kind == "audio":
-        return AudioTable(held, audio=settings.audio or "audio", **files, **settings.audio_options(train))
-    if kind == "text":
-        target = None if settings.block_size else label
-        texts = TextTable(
-            held, text=settings.text or "text", target=target, **rows, **settings.text_options(base, like, train)
-        )
-        return TextBlocks(texts, settings.block_size) if settings.block_size else texts
-    if settings.predicted is None:
+    kind = kind_of_table(settings, path)
+    if kind == "table" and settings.predicted is None:
         raise _no_target(path, settings)
-    return Table(held, settings.predicted, **shared, **settings.table_options())
+    options = settings.row_options(kind, base, like, train) | {"form": settings.form, "like": like}
+    if kind in ("image", "audio"):
+        options["root"] = path.parent
+    label = None if kind == "text" and settings.block_size else settings.predicted or "label"
+    held = path if frame is None else frame
+    return _in_blocks(table_of(kind, held, settings.column_of(kind), label, **options), settings)
 
 
 def kind_of_table(settings: DataSettings, path: Path) -> Kind:
     """What a table's rows are, by the settings, else by its columns."""
-    if settings.kind != "auto":
-        return settings.kind
+    if settings.named_kind != "auto":
+        return settings.named_kind
     names = column_names(path, settings.form)
-    if settings.audio is not None or settings.text is not None:
-        return "audio" if settings.audio is not None else "text"
-    if settings.image != "image":  # said: where it is missing, that is a slip
-        return "image"
-    if _has_bytes(path, settings.image, names):
-        return "image"
-    if _has_bytes(path, "audio", names):
-        return "audio"
+    for kind in ("image", "audio"):
+        if _has_bytes(path, kind, names):
+            return kind
     return "text" if "text" in names else "table"
 
 
@@ -349,33 +345,21 @@ def _open_hub(settings: DataSettings, source: str, base: Path, like: Any, role: 
     folder = Path(source.removeprefix("hf:").partition("@")[0])
     if (base / folder).exists():  # names of folders are relative to the recipe, as all others
         name = f"hf:{base / folder}" + source.partition("@")[1] + source.partition("@")[2]
-    like = getattr(whole(like), "reader", like)
-    options: dict[str, Any] = {"like": like} if like is not None else {}
-    kind = settings.kind
-    image = settings.image if settings.image != "image" else None
-    column = {"text": settings.text, "audio": settings.audio, "image": image}.get(kind) or settings.text
-    column = column or settings.audio or image
     if settings.masks:
         raise DataError(
             "a dataset of the hub has no folder of masks", where="data.masks", fix="data.mask names a column"
         )
-    if kind == "auto" and (settings.text or settings.audio):
-        kind = "text" if settings.text else "audio"
-
-    def by_kind(found: Kind) -> dict[str, Any]:
-        if found == "table":
-            return settings.table_options()
-        rows = {"id": settings.id, "separator": settings.separator}
-        if found == "image":
-            return rows | settings.image_options(train) | {"mask": settings.mask}
-        return rows | (settings.audio_options(train) if found == "audio" else settings.text_options(base, like, train))
-
-    said = {"kind": kind, "column": column, "label": settings.predicted, "by_kind": by_kind, **options}
+    like = getattr(whole(like), "reader", like)
+    kind, image = settings.named_kind, settings.image if settings.image != "image" else None
+    said: dict[str, Any] = {
+        "kind": kind, "column": {"text": settings.text, "audio": settings.audio}.get(kind, image),
+        "label": settings.predicted, "by_kind": partial(settings.row_options, base=base, like=like, train=train),
+    }  # fmt: skip
+    if like is not None:
+        said["like"] = like
     if settings.streaming:
         return cast(KeyedDataset, HubStream(name, _HUB_SPLITS[role], length=settings.length, **said))
-    opened = HubDataset(name, _HUB_SPLITS[role], **said)
-    is_blocks = settings.block_size and isinstance(whole(opened), Texts)
-    return cast(KeyedDataset, TextBlocks(whole(opened), settings.block_size or 0) if is_blocks else opened)
+    return cast(KeyedDataset, _in_blocks(HubDataset(name, _HUB_SPLITS[role], **said), settings))
 
 
 def _open_code(source: str, base: Path, load: LoadFunction | None, split_name: SplitName, like: Any) -> KeyedDataset:
@@ -448,11 +432,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _missing(path: Path, source: str) -> DataError:
-    near = nearest(path.name, [found.name for found in path.parent.iterdir()]) if path.parent.is_dir() else ""
     return DataError(
         "the data are missing", where=source, got=f"no file or folder {path}",
         expected="a path relative to the recipe's folder",
-        fix=near or "mend the path in the recipe, or give it with --set",
+        fix=near_name(path) or "mend the path in the recipe, or give it with --set",
     )  # fmt: skip
 
 

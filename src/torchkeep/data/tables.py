@@ -18,9 +18,9 @@ import xxhash
 from torch import Tensor
 
 from ..contracts import Field, Json, Schema
-from ..errors import DataError, nearest
+from ..errors import DataError
 from .arrays import Columns
-from .dataset import Indices, whole
+from .dataset import Indices, whole_of
 from .frames import (
     TABLE_SUFFIXES,
     Form,
@@ -40,7 +40,7 @@ from .frames import (
     require_column,
     where_of,
 )
-from .labels import check_filled
+from .labels import check_filled, classes_of, moments, number_classes
 
 Task = Literal["auto", "classification", "regression"]
 
@@ -134,7 +134,8 @@ class Table(Columns):
         self.where = where_of(source)
         self._unused = {*drop, *([id] if id else [])}
         self._forced, self._id = set(categories), id
-        known = _encoding_of(like, self.where)
+        trained = None if isinstance(like, TableEncoding) else whole_of(like, Table, "a table", self.where)
+        known: Any = trained.encoding if trained else like
         self._frame = frame = read_frame(source, replace(form or Form(), words=known.words if known else ()))
         self.rows = np.arange(frame.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
         for setting, names in (("drop", drop), ("categories", categories)) if known is None else ():
@@ -145,9 +146,20 @@ class Table(Columns):
         require_column(frame, target, self.where, "target")
         chosen = frame if rows is None else frame.take(pa.array(self.rows))
         check_filled(chosen[target], f"{self.where}: column {target!r}", "target", self.rows)
-        self.encoding = known or _learn(chosen, target, task, self._unused, self._forced, self.where)
-        self.columns = _encode(chosen, target, self.encoding, self.rows, self.where)
-        self.schema = _schema_of(self.encoding)
+        self._target = target
+        self._encode(chosen, known or _learn(chosen, target, task, self._unused, self._forced, self.where))
+
+    def _encode(self, chosen: Frame, known: TableEncoding) -> None:
+        self.encoding, self.schema = known, _schema_of(known)
+        self.columns = encode_inputs(chosen, known, self.where)
+        target = chosen[self._target]
+        if known.task == "regression":
+            numbers = as_floats(target, self._target, self.where).astype(np.float32)
+            self.columns["target"] = torch.from_numpy(numbers)
+        else:
+            place = f"{self.where}: column {self._target!r}"
+            labels = number_classes(as_texts(target), known.classes, place, self.rows)
+            self.columns["label"] = torch.from_numpy(labels)
 
     def fingerprint(self) -> str:
         """xxh3 of the encoded columns and of what encodes them."""
@@ -165,31 +177,15 @@ class Table(Columns):
     def learned_from(self, indices: Indices) -> Table:
         """The same rows; statistics, numbering and classes are those of these samples alone."""
         chosen = self._frame.take(pa.array(self.rows[indices]))
+        learned = _learn(chosen, self._target, self.encoding.task, self._unused, self._forced, self.where)
         made = copy.copy(self)
-        made.encoding = _learn(chosen, self.encoding.target, self.encoding.task, self._unused, self._forced, self.where)
-        made.columns = _encode(
-            self._frame.take(pa.array(self.rows)), self.encoding.target, made.encoding, self.rows, self.where
-        )
-        made.schema = _schema_of(made.encoding)
+        made._encode(self._frame.take(pa.array(self.rows)), learned)
         return made
 
     @property
     def cardinalities(self) -> tuple[int, ...]:
         """For each of the G categories how many numbers are in use, 0 for missing or unseen included."""
         return self.encoding.cardinalities
-
-
-def _encoding_of(like: Any, where: str) -> TableEncoding | None:
-    if like is None or isinstance(like, TableEncoding):
-        return like
-    found = whole(like)
-    encoding = getattr(found, "encoding", None)
-    if not isinstance(encoding, TableEncoding):
-        raise DataError(
-            "this is a table, and the training data are none", where=where, got="a table",
-            expected=f"data as in training, a {type(found).__name__}",
-        )  # fmt: skip
-    return encoding
 
 
 def _learn(frame: Frame, target: str, task: Task, unused: set[str], forced: set[str], where: str) -> TableEncoding:
@@ -211,14 +207,14 @@ def _learn(frame: Frame, target: str, task: Task, unused: set[str], forced: set[
         raise DataError("this table has no column beside its target", where=where, got=f"columns {frame.column_names}")
     features = [f for name in columns if name not in categories for f in _features_of(frame[name], name, where)]
     found = _task_of(frame[target], task, f"{where}: column {target!r}")
-    mean, std = _moments(as_floats(frame[target], target, where)) if found == "regression" else (0.0, 1.0)
+    mean, std = moments(as_floats(frame[target], target, where)) if found == "regression" else (0.0, 1.0)
     return TableEncoding(
         target=target,
         task=found,
         features=tuple(features),
         categories=tuple(categories),
         vocabularies=tuple(tuple(distinct(as_texts(frame[name]))) for name in categories),
-        classes=tuple(_classes_of(frame[target])) if found == "classification" else (),
+        classes=classes_of(as_texts(frame[target]), frame[target].type) if found == "classification" else (),
         target_mean=mean,
         target_std=std,
         words=tuple(name for name in (*categories, target) if is_text(frame[name].type)),
@@ -227,23 +223,18 @@ def _learn(frame: Frame, target: str, task: Task, unused: set[str], forced: set[
 
 def _features_of(column: Any, name: str, where: str) -> list[NumberFeature]:
     if is_date(column.type):
-        found = [_standardised(_date_part(column, NumberFeature(name, "days"), where), name, "days")]
+        days = _date_part(column, NumberFeature(name, "days"), where)
+        found = [NumberFeature(name, "days", *moments(days))]
         cycles = [cycle for cycle in _CYCLES if cycle != "day" or _has_times(column)]
         found += [NumberFeature(name, f"{cycle} {wave}") for cycle in cycles for wave in ("sin", "cos")]
     else:
-        found = [_standardised(as_floats(column, name, where), name, "value")]
+        found = [NumberFeature(name, "value", *moments(as_floats(column, name, where)))]
     missing = _is_missing(column)
     return [*found, NumberFeature(name, "missing")] if missing.any() and not missing.all() else found
 
 
-def _standardised(values: np.ndarray[Any, Any], name: str, part: str) -> NumberFeature:
-    mean, deviation = _moments(values)
-    return NumberFeature(name, part, mean, deviation)
-
-
 def _is_missing(column: Any) -> np.ndarray[Any, Any]:
-    missing = pc.is_null(column, nan_is_null=True) if pa.types.is_floating(column.type) else pc.is_null(column)
-    return np.asarray(missing.to_numpy(), np.float64)
+    return np.asarray(pc.is_null(column, nan_is_null=True).to_numpy(), np.float64)
 
 
 def _microseconds(column: Any) -> np.ndarray[Any, Any]:
@@ -292,19 +283,6 @@ def _task_of(column: Any, task: Task, where: str) -> Literal["classification", "
     return "classification" if few else "regression"
 
 
-def _moments(values: np.ndarray[Any, Any]) -> tuple[float, float]:
-    known = values[~np.isnan(values)]
-    if not known.size:
-        return 0.0, 1.0
-    return float(known.mean()), float(known.std()) or 1.0  # a constant column becomes 0, not NaN
-
-
-def _classes_of(column: Any) -> list[str]:
-    words = distinct(as_texts(column))
-    # "10" comes after "9" among numbers
-    return sorted(words, key=float) if is_number(column.type) else words
-
-
 def encode_inputs(frame: Frame, known: TableEncoding, where: str) -> dict[str, Tensor]:
     """The columns that a model takes, as they were encoded for its training; rows need no target.
 
@@ -318,41 +296,12 @@ def encode_inputs(frame: Frame, known: TableEncoding, where: str) -> dict[str, T
             numbers[:, place] = feature.values(require_column(frame, feature.column, where, ""), where)
         columns["numbers"] = torch.from_numpy(numbers)
     if known.categories:
-        columns["categories"] = _encode_categories(frame, known, where)
+        encoded = np.empty((frame.num_rows, len(known.categories)), np.int64)
+        for place, name in enumerate(known.categories):
+            texts = as_texts(require_column(frame, name, where, ""))
+            encoded[:, place] = number_words(texts, known.vocabularies[place]) + 1
+        columns["categories"] = torch.from_numpy(encoded)
     return columns
-
-
-def _encode(frame: Frame, target: str, known: TableEncoding, rows: Indices, where: str) -> dict[str, Tensor]:
-    columns = encode_inputs(frame, known, where)
-    if known.task == "regression":
-        columns["target"] = torch.from_numpy(as_floats(frame[target], target, where).astype(np.float32))
-    else:
-        columns["label"] = _encode_labels(frame[target], target, known, rows, where)
-    return columns
-
-
-def _encode_categories(frame: Frame, known: TableEncoding, where: str) -> Tensor:
-    encoded = np.empty((frame.num_rows, len(known.categories)), np.int64)
-    for place, name in enumerate(known.categories):
-        texts = as_texts(require_column(frame, name, where, ""))
-        encoded[:, place] = number_words(texts, known.vocabularies[place]) + 1
-    return torch.from_numpy(encoded)
-
-
-def _encode_labels(column: Any, target: str, known: TableEncoding, rows: Indices, where: str) -> Tensor:
-    texts = as_texts(column)
-    labels = number_words(texts, known.classes)
-    unknown = np.flatnonzero(labels < 0)
-    if unknown.size:
-        word = texts[int(unknown[0])].as_py()
-        raise DataError(
-            "a class is not among those of the training data",
-            where=f"{where}: column {target!r}, row {rows[unknown[0]]} (counted from 0)",
-            got=f"{word!r}, and {unknown.size - 1:,} more such rows",
-            expected=f"one of {', '.join(known.classes[:20])}",
-            fix=nearest(word, list(known.classes)),
-        )
-    return torch.from_numpy(labels)
 
 
 def _schema_of(encoding: TableEncoding) -> Schema:

@@ -9,26 +9,38 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field as Setting
 from pydantic import field_validator
 
-from ..contracts import TensorTree
-from ..errors import CheckpointError, StorageError
-from ..files import DurableFolder, make_folder, receipt_of, remove_folder, set_aside, sweep, write_durable
+from ..contracts import Json, TensorTree
+from ..errors import CheckpointError, DamagedError, StorageError
+from ..files import (
+    DurableFolder,
+    Receipt,
+    make_folder,
+    read_with_receipt,
+    receipt_of,
+    remove_folder,
+    set_aside,
+    sweep,
+    write_durable,
+)
 from ..settings import Settings
-from ..tensors import pack, read_json, read_safetensors, to_json, to_safetensors, unpack
+from ..tensors import pack, read_json, read_safetensors, to_json, unpack
+from .snapshot import FORMAT, Memory, Snapshot, parted
 from .stopping import Mode, better_mode
 
-FORMAT = 1
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
-_OWN_FILES = ("model", "optimizer", "rng")
-_EXTRA = "extra"
+_MOST_HELD_BYTES = 64 << 20
 _NAME = re.compile(r"step-(\d{8,})")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 
@@ -42,6 +54,10 @@ class CheckpointSettings(Settings):
     """How many of the newest stay."""
     keep_best: int = Setting(default=1, ge=0)
     """How many of the best stay."""
+    keep_every: int | None = Setting(default=None, ge=1)
+    """Of each so many steps the first checkpoint stays for ever."""
+    on_error: Literal["save", "leave"] = "save"
+    """Whether a step that fails for another reason than a loss that is no number is followed by a save."""
     metric: str | None = None
     """What makes one the best; none: the first metric on the validation split, else a loss."""
     mode: Literal["auto", "min", "max"] = "auto"
@@ -81,36 +97,86 @@ class Checkpoints:
 
     def __init__(
         self, folder: str | Path, keep_last: int = 2, keep_best: int = 1, metric: str | None = None,
-        mode: Mode | None = None, warn: Callable[[str], None] | None = None,
+        mode: Mode | None = None, keep_every: int | None = None, warn: Callable[[str], None] | None = None,
     ):  # fmt: skip
         self.folder = Path(folder)
-        self.keep_last, self.keep_best, self.metric = keep_last, keep_best, metric
+        self.keep_last, self.keep_best, self.keep_every, self.metric = keep_last, keep_best, keep_every, metric
         self.mode: Mode = mode or better_mode(metric or "loss")
         self._warn = warn or (lambda text: None)
-        self._held: list[tuple[int, dict[str, bytes], dict[str, float]]] = []
+        self.before_visible: Callable[[], object] = lambda: None  # run by whoever writes, before a checkpoint appears
+        self.after_visible: Callable[[Path], object] = lambda path: None
+        self._memory = Memory()
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._held: list[Snapshot] = []
         self._whole: dict[Path, dict[str, float]] = {}
+        self._source: Path | None = None
 
-    def save(self, step: int, state: dict[str, Any], metrics: dict[str, float] | None = None) -> Path:
+    def save(
+        self, step: int, state: dict[str, Any], metrics: dict[str, float] | None = None, *, wait: bool = True,
+        exact: bool = True,
+    ) -> Path:  # fmt: skip
         """Write a checkpoint; it is durable when this returns. What was held is written before it.
 
-        One of the same step is replaced. Raises:  StorageError where the disk refuses, every older checkpoint then
-        stands as it was; CheckpointError where the folder holds a later step: it belongs to another course
-        """
-        self.release()
-        return self._write(step, encode(step, state, metrics or {}), metrics or {})
+        With ``wait=False`` this returns when the state is copied to memory, and a thread writes. One save is under way
+        at a time: a second one waits for the first. What goes wrong in the thread is raised by the next call of
+        ``save``, ``join`` or ``check``. ``exact=False`` marks a state from which a run can go on, but not to the same
+        bits. One of the same step is replaced.
 
-    def hold(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Keep a best in memory until the next save, where saves are rarer than improvements.
+        Raises:  StorageError where the disk refuses, every older checkpoint then stands as it was; CheckpointError
+                 where the folder holds a later step: it belongs to another course
+        """
+        self.join()
+        path = self.folder / f"step-{step:08d}"
+        snapshot = parted(step, state, metrics or {}, exact)
+        held, self._held = self._held, []
+        if wait:
+            self._write_all([*held, snapshot])
+        else:
+            task = [*held, self._memory.copied(snapshot)]
+            # no daemon: a program that ends waits for what it has begun to save
+            self._writer = threading.Thread(target=self._write_all_noted, args=(task,), name="torchkeep-checkpoint")
+            self._writer.start()
+        return path
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def check(self) -> None:
+        """Raises:  what went wrong in a save that nobody waited for"""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def join(self) -> None:
+        """Wait for the save under way. Raises:  as ``check`` does"""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self.check()
+
+    def reserve(self, state: dict[str, Any]) -> None:
+        """Touch the memory that saves without waiting will copy to: new memory costs four times as much."""
+        self._memory.copied(parted(0, state, {}, True))
+
+    def hold(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> bool:
+        """Keep a best in memory until the next save, where saves are rarer than improvements; whether it is kept.
 
         A kill before that loses nothing: the run goes on from an older checkpoint and meets the same best again. The
-        ``keep_best`` best of those held stay.
+        ``keep_best`` best of those held stay. A state above 64 MB is not held: it would double the run's memory.
         """
+        snapshot = parted(step, state, metrics, True)
+        if snapshot.size_bytes > _MOST_HELD_BYTES:
+            return False
         if len(self._held) >= self.keep_best:
-            worst = max(self._held, key=lambda held: self._cost(held[2]))
-            if self._cost(metrics) >= self._cost(worst[2]):
-                return
+            worst = max(self._held, key=lambda held: self._cost(held.metrics))
+            if self._cost(metrics) >= self._cost(worst.metrics):
+                return True
             self._held.remove(worst)
-        self._held.append((step, encode(step, state, metrics), metrics))
+        self._held.append(Memory().copied(snapshot))
+        return True
 
     def _cost(self, metrics: dict[str, float]) -> float:
         value = metrics.get(self.metric or "", math.nan)
@@ -122,28 +188,40 @@ class Checkpoints:
 
     def release(self) -> None:
         """Write what is held."""
-        while self._held:
-            self._write(*self._held.pop(0))
+        self.join()
+        held, self._held = self._held, []
+        self._write_all(held)
 
-    def _write(self, step: int, files: dict[str, bytes], metrics: dict[str, float]) -> Path:
-        path = self.folder / f"step-{step:08d}"
+    def _write_all_noted(self, snapshots: list[Snapshot]) -> None:
+        try:
+            self._write_all(snapshots)
+        except BaseException as error:  # the thread has nobody else to tell
+            self._error = error
+
+    def _write_all(self, snapshots: list[Snapshot]) -> None:
+        for snapshot in snapshots:
+            self._write(snapshot)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        path = self.folder / f"step-{snapshot.step:08d}"
         make_folder(self.folder)
-        later = [found for found in self.steps() if _step_of(found) > step]
+        later = [found for found in self.steps() if _step_of(found) > snapshot.step]
         if later and not find_damage(later[-1]):
             raise CheckpointError(
                 "this folder holds a later checkpoint", where=self.folder,
-                got=f"{later[-1].name}, while step {step} is saved", expected="steps that grow",
+                got=f"{later[-1].name}, while step {snapshot.step} is saved", expected="steps that grow",
                 fix="go on from latest(), or save in another folder",
             )  # fmt: skip
         if later:
             self.repair()  # what this course went back over was damaged
         with DurableFolder(path, replace=True) as folder:
-            for name, data in files.items():
-                folder.write(name, data)
-        self._whole[path] = dict(metrics)
+            for name, parts in snapshot.files():
+                folder.write(name, *parts)
+            self.before_visible()
+        self._whole[path] = dict(snapshot.metrics)
         self._point()
         self._retire()
-        return path
+        self.after_visible(path)
 
     def steps(self) -> list[Path]:
         """The folders that look like checkpoints, oldest first, unchecked."""
@@ -168,9 +246,28 @@ class Checkpoints:
         for path in self.steps():
             damage = find_damage(path)
             if damage:
-                moved = set_aside(path)
-                self._whole.pop(path, None)
-                self._warn(f"checkpoint {path.name} is damaged ({damage}); it was set aside as {moved.name}")
+                self._set_aside(path, damage)
+
+    def _set_aside(self, path: Path, damage: str) -> None:
+        moved = set_aside(path)
+        self._whole.pop(path, None)
+        self._warn(f"checkpoint {path.name} is damaged ({damage}); it was set aside as {moved.name}")
+
+    def take_up(self) -> tuple[Saved, dict[str, Any]] | None:
+        """The newest whole checkpoint and its state, read once; damaged ones that are newer are set aside.
+
+        It stays as long as this object saves. Only for the one process that trains in this folder, before it begins.
+        """
+        sweep(self.folder)
+        for path in reversed(self.steps()):
+            try:
+                state = self.load(path)
+            except DamagedError as error:
+                self._set_aside(path, error.got)
+                continue
+            self._source = path
+            return self._saved(path), state
+        return None
 
     def _first_whole(self, paths: list[Path]) -> Saved | None:
         for path in paths:
@@ -196,24 +293,8 @@ class Checkpoints:
         """
         if saved is None:
             raise CheckpointError("there is no whole checkpoint", where=self.folder, expected="a folder step-…")
-        path = saved.path if isinstance(saved, Saved) else Path(saved)
-        damage = find_damage(path)
-        if damage:
-            raise CheckpointError(
-                "this checkpoint is damaged", where=path, got=damage, expected="what its manifest says"
-            )
-        data = read_json(path / _STATE)
-        if data.get("format") != FORMAT:
-            raise CheckpointError(
-                "this checkpoint was written in another format", where=path / _STATE,
-                got=f"format {data.get('format')}", expected=f"format {FORMAT}",
-                fix="pip install --upgrade torchkeep",
-            )  # fmt: skip
-        state = {}
-        for part, tree in data["state"].items():
-            file = path / f"{data['files'].get(part)}.safetensors"
-            state[part] = unpack(tree, read_safetensors(file) if data["files"].get(part) else {})
-        return state
+        head, files = _read_whole(saved.path if isinstance(saved, Saved) else Path(saved), None)
+        return {part: _part_of(head, files, part) for part in head["state"]}
 
     def model(self, saved: Saved) -> TensorTree:
         """Only the model's tensors."""
@@ -221,18 +302,22 @@ class Checkpoints:
         return tensors
 
     def load_part(self, saved: Saved, part: str) -> Any:
-        """One part of the state, without reading the others' tensors."""
-        data = read_json(saved.path / _STATE)
-        file = data["files"].get(part)
-        return unpack(data["state"][part], read_safetensors(saved.path / f"{file}.safetensors") if file else {})
+        """One part of the state, without reading the others' tensors.
+
+        Raises:  CheckpointError where what is read is damaged
+        """
+        return _part_of(*_read_whole(saved.path, part), part)
+
+    def rows(self) -> list[Row]:
+        """What there is, oldest first, each read and checked: without the module's code, and nothing is changed."""
+        return [_row_of(path) for path in self.steps()]
 
     def _saved(self, path: Path) -> Saved:
         return Saved(path, _step_of(path), self._metrics(path))
 
     def _metrics(self, path: Path) -> dict[str, float]:
         if path not in self._whole:
-            data = read_json(path / _STATE)
-            self._whole[path] = unpack(data.get("metrics", {}), {})
+            self._whole[path] = unpack(read_json(path / _STATE).get("metrics", {}), {})
         return self._whole[path]
 
     def _by_merit(self) -> list[Path]:
@@ -255,7 +340,12 @@ class Checkpoints:
                 self._warn(f"{name}.json could not be written: {error.got}")
 
     def _retire(self) -> None:
-        kept = {*self.steps()[-self.keep_last :], *self._by_merit()[: self.keep_best]}
+        steps = self.steps()
+        kept = {*steps[-self.keep_last :], *self._by_merit()[: self.keep_best], self._source}
+        if self.keep_every:
+            every = self.keep_every
+            kept |= {path for before, path in pairwise([None, *steps])
+                     if path and _step_of(path) // every > (_step_of(before) // every if before else 0)}  # fmt: skip
         for path in self.steps():
             if path not in kept:
                 self._whole.pop(path, None)
@@ -266,41 +356,113 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def encode(step: int, state: dict[str, Any], metrics: dict[str, float]) -> dict[str, bytes]:
-    """The files of a checkpoint, as bytes: one snapshot, taken now.
+@dataclass(frozen=True)
+class Row:
+    """A checkpoint as a table shows it; ``damage`` is empty where it is whole."""
 
-    Raises:  CheckpointError where the state holds what is neither JSON nor a tensor
+    name: str
+    step: int
+    epoch: int | None
+    metrics: dict[str, float]
+    size_bytes: int
+    created: float
+    is_exact: bool
+    damage: str
+
+
+def _row_of(path: Path) -> Row:
+    damage = find_damage(path)
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    try:
+        head = _migrated(read_json(path / _STATE), path)
+        metrics, epoch = unpack(head["metrics"], {}), (head["state"].get("clock") or {}).get("epoch")
+    except CheckpointError as error:
+        return Row(path.name, _step_of(path), None, {}, size, path.stat().st_mtime, False, damage or error.what)
+    created = head["created"] or path.stat().st_mtime
+    return Row(path.name, _step_of(path), epoch, metrics, size, created, head["exact"], damage)
+
+
+def _read_whole(path: Path, part: str | None) -> tuple[Json, dict[str, np.ndarray[Any, Any]]]:
+    """state.json and the bytes of the files of one part, or of all, each as its manifest says it was written.
+
+    Raises:  DamagedError where one is not, CheckpointError for another format
     """
-    trees: dict[str, Any] = {}
-    files: dict[str, str] = {}
-    tensors: dict[str, TensorTree] = {}
-    for part, value in state.items():
-        file = part if part in _OWN_FILES else _EXTRA
-        trees[part], found = pack(value, "" if file == part else part)
-        if found:
-            files[part] = file
-            tensors.setdefault(file, {}).update(found)
-    data = {f"{file}.safetensors": to_safetensors(found) for file, found in tensors.items()}
-    head = {"format": FORMAT, "step": step, "metrics": pack(metrics)[0], "files": files, "state": trees}
-    return {**data, _STATE: to_json(head, indent=True)}
+    files = _manifest_of(path)
+    damage = _damage_of(path, _STATE, files)
+    if damage:
+        raise _damaged(path, damage)
+    head = _migrated(read_json(path / _STATE), path)
+    wanted = [head["files"].get(part)] if part is not None else list(head["files"].values())
+    held = {}
+    for file in {name for name in wanted if name}:
+        name = f"{file}.safetensors"
+        if name not in files or (path / name).is_symlink() or not (path / name).is_file():
+            raise _damaged(path, f"{name} is missing")
+        held[file], found = read_with_receipt(path / name)
+        if (found.size_bytes, found.checksum) != (files[name].size_bytes, files[name].checksum):
+            raise _damaged(path, f"{name} has other content than was written")
+    return head, held
+
+
+def _part_of(head: Json, files: dict[str, np.ndarray[Any, Any]], part: str) -> Any:
+    file = head["files"].get(part)
+    return unpack(head["state"][part], read_safetensors(files[file]) if file else {})
+
+
+def _migrated(head: Json, path: Path) -> Json:
+    """What state.json says, in today's format.
+
+    Raises:  CheckpointError for a format that is not known
+    """
+    while isinstance(head, dict) and head.get("format") in _MIGRATIONS:
+        head = _MIGRATIONS[head["format"]](head)
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        got = head.get("format") if isinstance(head, dict) else type(head).__name__
+        raise CheckpointError(
+            "this checkpoint was written in another format", where=path / _STATE, got=f"format {got}",
+            expected=f"format 1 to {FORMAT}", fix="pip install --upgrade torchkeep",
+        )  # fmt: skip
+    return head
+
+
+_MIGRATIONS: dict[int, Callable[[Json], Json]] = {1: lambda head: {**head, "format": 2, "exact": True, "created": None}}
+
+
+def _manifest_of(path: Path) -> dict[str, Receipt]:
+    """Raises:  DamagedError where it is none"""
+    try:
+        manifest = read_json(path / _MANIFEST)
+        files = {name: Receipt(int(row["size_bytes"]), row["xxh3_128"]) for name, row in manifest["files"].items()}
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"its manifest cannot be read: {str(error).splitlines()[0]}") from None
+    strange = next((name for name in files if Path(name).name != name), None)
+    if strange is not None:
+        raise _damaged(path, f"{strange!r} is no plain file name")
+    if _STATE not in files:
+        raise _damaged(path, f"{_STATE} is missing")
+    return files
+
+
+def _damaged(path: Path, damage: str) -> DamagedError:
+    return DamagedError("this checkpoint is damaged", where=path, got=damage, expected="what its manifest says")
 
 
 def find_damage(path: Path) -> str:
     """What is wrong with a checkpoint's files; empty where every size and checksum is as it was written."""
     try:
-        manifest = read_json(path / _MANIFEST)
-        files = manifest["files"]
-        for name, expected in files.items():
-            if Path(name).name != name:
-                return f"{name!r} is no plain file name"
-            file = path / name
-            if file.is_symlink() or not file.is_file():
-                return f"{name} is missing"
-            found = receipt_of(file)
-            if found.size_bytes != expected["size_bytes"]:
-                return f"{name} has {found.size_bytes:,} bytes instead of {expected['size_bytes']:,}"
-            if found.checksum != expected["xxh3_128"]:
-                return f"{name} has other content than was written"
-    except (CheckpointError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"its manifest cannot be read: {str(error).splitlines()[0]}"
-    return "" if _STATE in files else f"{_STATE} is missing"
+        files = _manifest_of(path)
+        return next((damage for name in files if (damage := _damage_of(path, name, files))), "")
+    except DamagedError as error:
+        return error.got
+    except OSError as error:
+        return str(error)
+
+
+def _damage_of(path: Path, name: str, files: dict[str, Receipt]) -> str:
+    file, expected = path / name, files[name]
+    if file.is_symlink() or not file.is_file():
+        return f"{name} is missing"
+    found = receipt_of(file)
+    if found.size_bytes != expected.size_bytes:
+        return f"{name} has {found.size_bytes:,} bytes instead of {expected.size_bytes:,}"
+    return "" if found.checksum == expected.checksum else f"{name} has other content than was written"

@@ -23,6 +23,10 @@ class EarlyStoppingSettings(Settings):
     """Whether less or more is better; "auto" knows it from the name."""
     min_delta: float = Setting(default=0.0, ge=0.0)
     """A change smaller than this is no improvement."""
+    warmup: int = Setting(default=0, ge=0)
+    """Evaluations at the beginning after which patience is counted."""
+    restore_best: bool = False
+    """Whether the model ends with the parameters of the best checkpoint, however the training ended."""
 
 
 def better_mode(metric: str) -> Mode:
@@ -47,13 +51,16 @@ class EarlyStopping:
     False
     """
 
-    def __init__(self, metric: str = "valid/loss", mode: Mode | None = None, patience: int = 5, min_delta: float = 0.0):
+    def __init__(
+        self, metric: str = "valid/loss", mode: Mode | None = None, patience: int = 5, min_delta: float = 0.0,
+        warmup: int = 0,
+    ):  # fmt: skip
         self.metric = metric
         self.mode: Mode = mode or better_mode(metric)
         self.patience = patience
-        self.min_delta = min_delta
+        self.min_delta, self.warmup = min_delta, warmup
         self.best: float | None = None
-        self.waited = 0
+        self.waited = self.seen = 0
 
     @property
     def should_stop(self) -> bool:
@@ -62,14 +69,15 @@ class EarlyStopping:
     def update(self, metrics: dict[str, float]) -> bool:
         """Look at one evaluation; whether it is time to stop. A missing metric counts as no improvement."""
         value = metrics.get(self.metric, math.nan)
+        self.seen += 1
         if is_better(value, self.best, self.mode, self.min_delta):
             self.best, self.waited = value, 0
-        else:
+        elif self.seen > self.warmup:
             self.waited += 1
         return self.should_stop
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.waited = state["best"], state["waited"]
+        self.best, self.waited, self.seen = state["best"], state["waited"], state.get("seen", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
+from typing import Any
 
 from torch import nn
 
@@ -31,15 +32,16 @@ def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: floa
     settings = prepared.work.settings
     number = next_attempt(folder.records)
     checkpoints = checkpoints_of(prepared, folder, console)
-    checkpoints.repair()
-    saved = checkpoints.latest()
+    taken = checkpoints.take_up()
+    saved = taken[0] if taken else None
     goes_apart = not is_exact and last_step(folder.records) > (saved.step if saved else 0)
     shown = folder.tensorboard / f"attempt-{number}" if goes_apart else folder.tensorboard
     views = [TensorBoardView(shown, number)] if "tensorboard" in settings.monitor.views else []
     recorder = Recorder(folder.records, attempt=number, views=views, on_alert=console.warn)
     training = prepared.training(checkpoints, recorder, console, Signals(), _go_on(prepared, folder))
     try:
-        _restore(training, saved, settings.seed)  # a checkpoint that does not fit leaves no record behind
+        # before anything is recorded: a checkpoint that does not fit leaves no record behind
+        _restore(training, taken[1] if taken else None, settings.seed)
         _announce(training, prepared, folder, saved)
         if number == 0:
             _record_start(training, prepared, began)
@@ -55,6 +57,9 @@ def _train(training: Training, prepared: Prepared) -> tuple[dict[str, float], st
         at = training.clock.state_dict()
         training.recorder.log("attempt_start", **at, from_step=training.clock.step, settings=prepared.work.resolved)
         reason = training.run()
+        best = training.checkpoints.best() if prepared.settings.early_stopping.restore_best else None
+        if best is not None:
+            put(prepared.work.model, training.checkpoints, best)
         metrics = {**training.metrics, **_test(prepared, training)}
         _record_end(training, "finished", metrics, reason)
     except BaseException as error:
@@ -72,6 +77,7 @@ def checkpoints_of(prepared: Prepared, folder: RunFolder, console: Console | Non
         kept.keep_best,
         prepared.best_metric,
         prepared.best_mode,
+        kept.keep_every,
         console.warn if console else None,
     )
 
@@ -85,12 +91,12 @@ def put(model: nn.Module, checkpoints: Checkpoints, saved: Saved) -> None:
     load_model(model, {**checkpoints.model(saved), **(average or {})})
 
 
-def _restore(training: Training, saved: Saved | None, seed: int) -> None:
+def _restore(training: Training, state: dict[str, Any] | None, seed: int) -> None:
     """Become the newest whole checkpoint; without one, seed what a fresh run draws from."""
-    if saved is None:
+    if state is None:
         seed_generators(seed)
     else:
-        training.load_state_dict(training.checkpoints.load(saved))
+        training.load_state_dict(state)
 
 
 def _announce(training: Training, prepared: Prepared, folder: RunFolder, saved: Saved | None) -> None:

@@ -25,6 +25,7 @@ from ..errors import (
     LabelError,
     NonFiniteLossError,
     PreemptedError,
+    StorageError,
     TorchkeepError,
 )
 from ..keep.checkpoint import Checkpoints
@@ -212,14 +213,17 @@ class Training:
             except Exception as error:
                 with contextlib.suppress(TorchkeepError):
                     self.checkpoints.release()  # the best so far is good, whatever came after it
+                    self._save_after(error)
                 if isinstance(error, TorchkeepError) and error.exit_code == EXIT_BAD_INPUT:
                     error.exit_code = EXIT_FAILED  # what was written by now stands
                 raise
         return "stopped early" if self._is_stopped else "finished"
 
     def _run_epochs(self) -> None:
+        self.checkpoints.before_visible = lambda: self.recorder.flush(durable=True)
         if self.clock.step == 0:
             self.save()  # a full disk is found now, and a kill before the first save loses nothing
+        self.checkpoints.reserve(self.state_dict())
         epochs = self.settings.train.epochs
         while self.clock.epoch < epochs and self.clock.step < self.total_steps and not self._is_stopped:
             started = time.perf_counter()
@@ -227,6 +231,7 @@ class Training:
             self._end_epoch(finished, time.perf_counter() - started)
         if self.checkpoints.has_held or self._last_saved_step != self.clock.step:
             self.save()
+        self.checkpoints.join()
 
     @property
     def _is_stopped(self) -> bool:
@@ -260,8 +265,9 @@ class Training:
                 self._log_point()
             if self.signals.asked is not None:
                 self._leave()
+            self.checkpoints.check()
             if self._is_save_due(now):
-                self.save()
+                self.save(wait=False)
         self._trained_s += time.perf_counter() - begun
         self._trained_samples += clock.samples - samples
         return clock.step == last_of_epoch
@@ -312,7 +318,9 @@ class Training:
     def _is_save_due(self, now: float) -> bool:
         if self._save_steps is not None:
             return self.clock.step % self._save_steps == 0
-        return self._save_period_s is not None and now - self._last_save >= self._save_period_s
+        # a save by time waits for the one under way by being taken later, one by steps is taken at its step
+        is_time = self._save_period_s is not None and now - self._last_save >= self._save_period_s
+        return is_time and not self.checkpoints.is_busy
 
     def _end_epoch(self, finished: bool, elapsed_s: float) -> None:
         """Evaluate, then let schedule, stopper and best know, then save: one state, of one step."""
@@ -368,20 +376,34 @@ class Training:
         now = time.perf_counter()
         by_epoch = self.settings.checkpoint.every == "epoch"
         if (by_epoch and now - self._last_save >= _SHORT_EPOCH_S) or (not by_epoch and self._is_save_due(now)):
-            self.save()
+            self.save(wait=False)
         elif is_best and self.settings.checkpoint.keep_best:
             self._check_parameters()
-            self.checkpoints.hold(self.clock.step, self.state_dict(), self.metrics)
+            if not self.checkpoints.hold(self.clock.step, self.state_dict(), self.metrics):
+                self.save(wait=False)
 
-    def save(self) -> None:
-        """A durable checkpoint of this step, with the records up to here made durable before it."""
+    def save(self, wait: bool = True, exact: bool = True) -> None:
+        """A checkpoint of this step, with the records up to here made durable before it appears.
+
+        It is durable when this returns, or is written meanwhile where ``wait`` is False.
+        """
         self.window.read(self.clock.step)
         self._check_parameters()
         at_epoch_end = bool(self.history) and self.history[-1]["step"] == self.clock.step
-        self.recorder.flush(durable=True)
-        self.checkpoints.save(self.clock.step, self.state_dict(), self.metrics if at_epoch_end else {})
+        metrics = self.metrics if at_epoch_end else {}
+        self.checkpoints.save(self.clock.step, self.state_dict(), metrics, wait=wait, exact=exact)
         self._last_saved_step = self.clock.step
         self._last_save = time.perf_counter()
+
+    def _save_after(self, error: Exception) -> None:
+        """Keep what was learned since the last checkpoint where a step failed halfway.
+
+        Its forward may have drawn, and moved statistics: the state is marked as one that goes on to other bits.
+        """
+        is_kept = self.settings.checkpoint.on_error == "save" and self.clock.step > self._last_saved_step
+        if is_kept and not isinstance(error, NonFiniteLossError | StorageError):
+            self.save(exact=False)
+            error.add_note(f"the state after step {self.clock.step} was saved, best-effort: {self.go_on}")
 
     def _check_parameters(self) -> None:
         """The last update may have ruined the parameters after a loss that was still finite.
@@ -399,6 +421,7 @@ class Training:
     def _leave(self) -> None:
         if self._last_saved_step != self.clock.step:
             self.save()
+        self.checkpoints.join()
         what = f"after step {self.clock.step}; the state is saved"
         if self.signals.asked == signal.SIGTERM:
             raise PreemptedError(f"preempted {what}", fix=self.go_on)

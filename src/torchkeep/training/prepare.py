@@ -419,7 +419,7 @@ class Prepared:
                 got="no validation data", expected="data.valid or data.valid_fraction",
             )  # fmt: skip
         mode: Mode = better_mode(metric) if chosen.mode == "auto" else chosen.mode
-        return EarlyStopping(metric, mode, chosen.patience, chosen.min_delta)
+        return EarlyStopping(metric, mode, chosen.patience, chosen.min_delta, chosen.warmup)
 
     def training(
         self, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals, go_on: str

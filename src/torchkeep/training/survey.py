@@ -24,6 +24,7 @@ from ..tensors import to_json
 from ..usercode import load_function
 from .recipe import read_recipe
 
+_SPLITS = ("train", "valid", "test")
 _ROLES = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid",
           "dev": "valid", "test": "test"}  # fmt: skip
 _ANY_SIZE, _ANY_RATE = 224, 16_000
@@ -68,7 +69,7 @@ def build_cache(
 
     Raises:  SettingsError where a split is none of images, DataError as opening them does
     """
-    settings, seed, base = _settings_of(list(sources), list(set))
+    settings, seed, base = _settings_of(list(sources), _named_splits(list(sources)), list(set))
     report, built = progress or (lambda name, done, total: None), {}
     splits = vars(open_data(settings, base, seed, load_function))
     for name, dataset in splits.items():
@@ -78,29 +79,30 @@ def build_cache(
     return built
 
 
-def _settings_of(sources: list[str], assignments: list[str]) -> tuple[DataSettings, int, Path]:
-    if len(sources) == 1 and sources[0].endswith(".toml"):
+def _is_recipe(sources: list[str]) -> bool:
+    return len(sources) == 1 and sources[0].endswith(".toml")
+
+
+def _settings_of(
+    sources: list[str], named: dict[str, str], assignments: list[str]
+) -> tuple[DataSettings, int, Path]:  # fmt: skip
+    """The settings of a recipe or of named splits, the seed, and the folder that names are relative to."""
+    if _is_recipe(sources):
         recipe, base = read_recipe(sources[0], assignments)
         return recipe.data, recipe.seed, base
-    told = override({"data": _named_splits(sources)}, assignments)
-    return check(_Sources, told, "survey").data, 0, Path.cwd()
+    return check(_Sources, override({"data": named}, assignments), "survey").data, 0, Path.cwd()
 
 
 def _opened_splits(sources: list[str], assignments: list[str], problems: list[Problem]) -> dict[str, Any]:
-    seed, base = 0, Path.cwd()
-    if len(sources) == 1 and sources[0].endswith(".toml"):
-        recipe, base = read_recipe(sources[0], assignments)
-        settings, seed = recipe.data, recipe.seed
-        named = {name: source for name in ("train", "valid", "test") if (source := getattr(settings, name))}
-    else:
-        named = _named_splits(sources)
-        told = override({"data": {"train": next(iter(named.values()))}}, assignments)
-        settings = check(_Sources, told, "survey").data
+    named = _named_splits(sources)
+    settings, seed, base = _settings_of(sources, {"train": next(iter(named.values()))}, assignments)
+    if _is_recipe(sources):
+        named = {name: source for name in _SPLITS if (source := getattr(settings, name))}
     opened = {name: _opened(settings, source, base, name, problems) for name, source in named.items()}
     if settings.valid_fraction is not None and hasattr(opened.get("train"), "read"):
         try:
             parts = split(opened["train"], settings.valid_fraction, seed, settings.split_by, settings.test_fraction)
-            opened = {**dict(zip(("train", "valid", "test"), parts, strict=False)), **opened, "train": parts[0]}
+            opened = {**dict(zip(_SPLITS, parts, strict=False)), **opened, "train": parts[0]}
         except DataError as error:
             problems.append(_refusal("train", error))
     return opened
@@ -114,7 +116,7 @@ def _named_splits(sources: list[str]) -> dict[str, str]:
     expanded = [part for source in sources for part in _splits_in(source) or [source]]
     words = [re.findall(r"[a-z]+", re.split(r"[/\\]", source.rstrip("/\\"))[-1].lower()) for source in expanded]
     said = [next((_ROLES[word] for word in found if word in _ROLES), None) for found in words]
-    free = [role for role in ("train", "valid", "test") if role not in said]
+    free = [role for role in _SPLITS if role not in said]
     named: dict[str, str] = {}
     for source, role in zip(expanded, said, strict=True):
         name = role or (free.pop(0) if free else source)
@@ -130,7 +132,7 @@ def _splits_in(source: str) -> list[str]:
 
 
 def _opened(settings: DataSettings, source: str, base: Path, name: str, problems: list[Problem]) -> Any:
-    role = cast(SplitName, name if name in ("train", "valid", "test") else "train")
+    role = cast(SplitName, name if name in _SPLITS else "train")
     told: dict[str, Any] = {"train": False, "load": load_function, "split_name": role}
     try:
         return open_source(settings, source, base, **told)
@@ -155,7 +157,6 @@ def _mended(settings: DataSettings, path: Path, base: Path) -> Any:
     frame = read_frame(path, told.form)
     if told.kind == "table":
         return Rows(frame, told.predicted, tuple(told.drop), tuple(told.categories), settings.id)
-    content = {"image": told.image, "audio": told.audio or "audio", "text": told.text or "text"}[told.kind]
-    for name in {content, told.predicted or "label"}.intersection(frame.column_names):
+    for name in {told.column_of(told.kind), told.predicted or "label"}.intersection(frame.column_names):
         frame = frame.filter(frame[name].is_valid())
     return open_table(told, path, base, frame=frame)

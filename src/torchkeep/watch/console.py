@@ -130,13 +130,12 @@ class Console:
             return
         now = time.monotonic()
         self._marks.append((now, step))
+        parts = self._progress_parts(step, epoch, samples_per_s, values)
         if self._live is not None:
-            self._live.update(
-                self._bar_line(step, self._progress_parts(step, epoch, samples_per_s, values)), refresh=True
-            )
+            self._live.update(self._bar_line(step, parts), refresh=True)
         elif now - self._plain_s >= _PLAIN_EVERY_S:
             self._plain_s = now
-            self._line(_GAP.join(text for _, text in self._progress_parts(step, epoch, samples_per_s, values)))
+            self._line(_GAP.join(text for _, text in parts))
 
     def _progress_parts(
         self, step: int, epoch: int, samples_per_s: float, values: Mapping[str, float]
@@ -145,7 +144,7 @@ class Console:
             ("epoch", f"epoch {min(epoch + 1, self._epochs)}/{self._epochs}"),
             ("steps", f"{step:,}/{self._total_steps:,}"),
             ("rate", f"{format_number(round(samples_per_s) if samples_per_s >= 10 else samples_per_s)} samples/s"),
-            *(("value", f"{_short_tag(tag)} {format_number(value)}") for tag, value in values.items()),
+            *(("value", f"{tag.removeprefix('train/')} {format_number(value)}") for tag, value in values.items()),
         ]
         left_s = self._left_s(step)
         return parts if left_s is None else [*parts, ("left", f"{format_seconds(left_s)} left")]
@@ -289,10 +288,6 @@ def _cells(text: str) -> int:
     from rich.cells import cell_len
 
     return cell_len(text)
-
-
-def _short_tag(tag: str) -> str:
-    return tag.removeprefix("train/")
 
 
 def _json_text(value: Json) -> str:

@@ -26,13 +26,7 @@ def show_survey(console: Console, found: Json) -> None:
     numbers = [(*row, *(_number(of[key]) for key in keys)) for *row, of in _columns(splits, "mean")]
     _table(console, ("number", "split", *keys), numbers)
     texts = [
-        (
-            *row,
-            f"{of['values']:,}",
-            f"{of['missing']:,}",
-            ", ".join(f"{word} {of['top'][word]:,}" for word in of["top"]),
-        )
-        for *row, of in _columns(splits, "top")
+        (*row, f"{of['values']:,}", f"{of['missing']:,}", _counts(of["top"])) for *row, of in _columns(splits, "top")
     ]
     _table(console, ("category", "split", "values", "missing", "most frequent"), texts)
     for name, split in splits.items():
@@ -83,6 +77,10 @@ def _table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str
     if rows:
         console.table(columns, [[_cut(cell) for cell in row] for row in rows[:_ROWS]])
         console.say(f"… and {len(rows) - _ROWS:,} more; --json holds all\n" if len(rows) > _ROWS else "")
+
+
+def _counts(found: Json) -> str:
+    return ", ".join(f"{word} {count:,}" for word, count in found.items())
 
 
 def _number(value: float) -> str:

@@ -21,11 +21,12 @@ from .data.sources import open_data, open_source
 from .errors import CheckpointError, RunFolderError, SettingsError
 from .files import FolderLock
 from .folder import RunFolder, create_run_folder, list_runs, open_run_folder
-from .keep.checkpoint import Checkpoints, Saved
+from .keep.checkpoint import Checkpoints, Row, Saved
 from .keep.generators import seed_generators
+from .keep.mirror import Mirror
 from .model.build import build_model
 from .model.describe import ModuleRow, describe
-from .settings import check, difference, override
+from .settings import check, override
 from .share.predict import Prediction, predict_all
 from .tensors import tensor_sha256
 from .training.attempt import attempt, checkpoints_of, put
@@ -33,6 +34,8 @@ from .training.decisions import Decisions
 from .training.prepare import Feeding, Prepared, Work, describe_object, source_folder
 from .training.provenance import code_state, command, environment
 from .training.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
+from .training.replay import Replay, replay
+from .training.resuming import Changes, changes_since, check_data
 from .usercode import CodeReference, check_trusted, load_function, read_reference
 from .watch.console import Console
 from .watch.records import last_attempt_start, next_attempt, read_records
@@ -152,23 +155,28 @@ def train(
     set: Sequence[str] = (),
     run_dir: str | Path | None = None,
     resume: Resume = "no",
+    mirror: str | Path | None = None,
+    allow_change: Sequence[str] = (),
     quiet: bool = False,
 ) -> Run:
     """Train a recipe: a TOML file's path, or a dict.
 
     ``set`` overrides keys, ``["train.epochs=3"]``. ``resume="auto"`` goes on where the newest run of this name ended.
+    ``mirror`` is a folder on another disk to which checkpoints are copied, and where a run that is lost here is found.
+    ``allow_change=["data"]`` goes on with other data.
 
     Raises:  SettingsError, DataError, ModelError before anything is written; Interrupted, PreemptedError after saving
     """
     read, base = read_recipe(recipe, list(set))
-    found = _find_run(read.name, run_dir) if _goes_on(resume) else None
     console = Console(quiet)
     with contextlib.closing(console):
+        found = _find_run(read.name, run_dir, mirror, console) if _goes_on(resume) else None
         lock = FolderLock(found.path).acquire() if found else None
         with _released(lock):
             work, code = _work_of(read, base, load_function)
             facts = {"recipe": read.model_dump(mode="json"), "base": str(base), "code_files": code}
-            return _execute(work, facts, read, base, _place(read.name, run_dir), found, lock, console)
+            place = _place(read.name, run_dir)
+            return _execute(work, facts, read, base, place, found, lock, console, mirror, allow_change)
 
 
 def fit(
@@ -197,6 +205,8 @@ def fit(
     name: str | None = None,
     run_dir: str | Path | None = None,
     resume: Resume = "no",
+    mirror: str | Path | None = None,
+    allow_change: Sequence[str] = (),
     checkpoint: dict[str, Any] | None = None,
     early_stopping: dict[str, Any] | None = None,
     monitor: dict[str, Any] | None = None,
@@ -231,9 +241,9 @@ def fit(
     _merge(data, "optimizer", {"name": None if own_optimizer else optimizer, "learning_rate": learning_rate})
     _merge(data, "optimizer", {"schedule": schedule if isinstance(schedule, str) else None})
     checked = check(RunSettings, data, "tk.fit")
-    found = _find_run(checked.name, run_dir) if _goes_on(resume) else None
     console = Console(quiet)
     with contextlib.closing(console):
+        found = _find_run(checked.name, run_dir, mirror, console) if _goes_on(resume) else None
         lock = FolderLock(found.path).acquire() if found else None
         with _released(lock):
             metrics = [metrics] if isinstance(metrics, str) else metrics
@@ -250,17 +260,23 @@ def fit(
                 "objects": {key: describe_object(value) for key, value in objects.items()},
                 "batch_size": batch_size,
             }
-            return _execute(work, facts, None, Path.cwd(), _place(checked.name, run_dir), found, lock, console)
+            place = _place(checked.name, run_dir)
+            return _execute(work, facts, None, Path.cwd(), place, found, lock, console, mirror, allow_change)
 
 
-def resume(run_dir: str | Path, *, set: Sequence[str] = (), trust_code: str | None = None, quiet: bool = False) -> Run:
+def resume(
+    run_dir: str | Path, *, set: Sequence[str] = (), trust_code: str | None = None, mirror: str | Path | None = None,
+    allow_change: Sequence[str] = (), quiet: bool = False,
+) -> Run:  # fmt: skip
     """Go on with a recipe's run where its last checkpoint stands.
 
     Raises:  RunFolderError if there is no such run; SettingsError for a run of ``tk.fit``, naming the call to repeat;
              UntrustedCodeError for code that changed or never ran on this machine
     """
-    folder = open_run_folder(run_dir)
     console = Console(quiet)
+    if mirror is not None:
+        _fetch(Path(run_dir), mirror, console)
+    folder = open_run_folder(run_dir)
     with contextlib.closing(console):
         lock = FolderLock(folder.path).acquire()
         with _released(lock):
@@ -268,7 +284,22 @@ def resume(run_dir: str | Path, *, set: Sequence[str] = (), trust_code: str | No
             recipe, base = _recorded_recipe(folder, facts, list(set))
             work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
             facts = {**facts, "recipe": recipe.model_dump(mode="json")}
-            return _execute(work, facts, recipe, base, None, folder, lock, console)
+            return _execute(work, facts, recipe, base, None, folder, lock, console, mirror, allow_change)
+
+
+def checkpoints(run_dir: str | Path) -> list[Row]:
+    """What a run has saved, oldest first, each read and checked. None of the run's code is needed."""
+    return Checkpoints(open_run_folder(run_dir).checkpoints).rows()
+
+
+def verify(run_dir: str | Path, *, trust_code: str | None = None) -> Replay:
+    """Train the stretch between a recipe run's last two checkpoints again, in memory, and compare every bit.
+
+    Raises:  CheckpointError where there are not two whole checkpoints; as ``open_run`` does
+    """
+    prepared = open_run(run_dir, trust_code=trust_code)._prepared
+    with contextlib.closing(prepared):
+        return replay(prepared, open_run_folder(run_dir))
 
 
 def open_run(run_dir: str | Path, *, trust_code: str | None = None) -> Run:
@@ -280,7 +311,7 @@ def open_run(run_dir: str | Path, *, trust_code: str | None = None) -> Run:
     facts = folder.read_run()
     recipe, base = _recorded_recipe(folder, facts, [])
     work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
-    _check_data(work, facts)  # classes and a table's statistics are read from the training data again
+    check_data(work, facts)  # classes and a table's statistics are read from the training data again
     return Run(folder, Prepared(work, Decisions(facts["decisions"])), recipe, base)
 
 
@@ -376,9 +407,21 @@ def _place(name: str, run_dir: str | Path | None) -> Path:
     return Path(run_dir) if run_dir is not None else RUNS / name
 
 
-def _find_run(name: str, run_dir: str | Path | None) -> RunFolder | None:
-    """The newest run of this name, or None where there is none to go on with."""
+def _fetch(run: Path, mirror: str | Path, console: Console) -> None:
+    """Bring back from the mirror what this place lacks."""
+    if not (Path(mirror) / run.name / "run.json").is_file():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(FolderLock(run).acquire()):
+        if Mirror(run, Path(mirror), console.warn).fetch():
+            console.say(f"found in the mirror: {Path(mirror) / run.name}")
+
+
+def _find_run(name: str, run_dir: str | Path | None, mirror: str | Path | None, console: Console) -> RunFolder | None:
+    """The newest run of this name, here or in the mirror; None where there is none to go on with."""
     place = _place(name, run_dir)
+    if mirror is not None:
+        _fetch(place, mirror, console)
     same = [run for run in list_runs(place.parent) if run.name == place.name or _was_numbered(run, place.name)]
     return same[-1] if same else None
 
@@ -465,7 +508,7 @@ def _work_of(recipe: Recipe, base: Path, load: Callable[[CodeReference], Any]) -
 
 def _execute(
     work: Work, facts: Json, recipe: Recipe | None, base: Path, place: Path | None, found: RunFolder | None,
-    lock: FolderLock | None, console: Console,
+    lock: FolderLock | None, console: Console, mirror: str | Path | None, allow_change: Sequence[str] = (),
 ) -> Run:  # fmt: skip
     """Prepare, open or make the folder, train, and say how it ended."""
     began = time.time()
@@ -473,10 +516,10 @@ def _execute(
     decisions = Decisions(recorded["decisions"] if recorded else None)
     prepared = Prepared(work, decisions)
     work.resolved = facts.get("recipe") or facts.get("settings")
-    is_exact = True
+    changes = Changes()
     if found is not None and recorded is not None:
         folder = found
-        is_exact = _check_same(prepared, folder, facts, recorded, console)
+        changes = changes_since(prepared, folder, facts, recorded, allow_change, console)
     else:
         assert place is not None
         folder = create_run_folder(place.name, place.parent)
@@ -497,49 +540,9 @@ def _execute(
             }
         )
     try:
-        attempt(prepared, folder, console, began, is_exact)
+        attempt(prepared, folder, console, began, changes, Path(mirror) if mirror else None)
     finally:
         prepared.close()
         if lock is not None:
             lock.release()
     return Run(folder, prepared, recipe, base)
-
-
-_CHANGES_NO_BIT = ("data.workers", "checkpoint.", "monitor.", "name")
-
-
-def _check_same(prepared: Prepared, folder: RunFolder, facts: Json, recorded: Json, console: Console) -> bool:
-    """Say what changed since the last attempt, and whether the resume is still exact; other data are an error."""
-    work = prepared.work
-    _check_data(work, recorded)
-    start = last_attempt_start(folder.records) or {}
-    settings = start.get("settings") or recorded.get("recipe") or recorded.get("settings")
-    changes = difference(settings, work.resolved)
-    if facts.get("objects"):
-        changes += difference(recorded["objects"], facts["objects"])
-    changes += difference(recorded["environment"]["packages"], environment()["packages"])
-    changes += difference({"device": recorded.get("device")}, {"device": str(prepared.device)})
-    is_exact = True
-    for key, old, new in changes:
-        counts = not key.startswith(_CHANGES_NO_BIT)
-        is_exact = is_exact and not counts
-        console.warn(f"{key} was {old!r} and is {new!r} now" + (": the resume is best-effort" if counts else ""))
-    return is_exact
-
-
-def _check_data(work: Work, recorded: Json) -> None:
-    """The data must be those that the run began with.
-
-    Raises:  CheckpointError naming the splits that changed
-    """
-    now = work.fingerprints()
-    then = recorded["data"]["fingerprints"]
-    changed = [name for name in then if now.get(name) != then[name]]
-    if changed:
-        raise CheckpointError(
-            "the data are not those that the run began with",
-            where=f"split {', '.join(changed)}",
-            got=", ".join(str(now.get(name)) for name in changed),
-            expected=", ".join(str(then[name]) for name in changed),
-            fix="put the data back as they were, or start a new run",
-        )

@@ -23,6 +23,9 @@ from .errors import (
 
 _SET = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 _TRUST = click.option("--trust-code", metavar="HASH", help="Run the code that the run names, if it has this sha256.")
+_MIRROR = click.option("--mirror", metavar="DIR", help="Copy checkpoints to DIR too, and find a lost run there.")
+_ALLOW = click.option("--allow-change", "allow_change", multiple=True, type=click.Choice(["data"]),
+                      help="Go on although this has changed.")  # fmt: skip
 _QUIET = click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 
 
@@ -41,24 +44,91 @@ def cli() -> None:
 @click.option("--run-dir", type=click.Path(), help="The run's folder; runs/NAME without it.")
 @click.option("--resume", "resume_mode", type=click.Choice(["no", "auto"]), default="no", show_default=True,
               help="auto: go on where the newest run of this name ended.")  # fmt: skip
+@_MIRROR
+@_ALLOW
 @_QUIET
-def train(recipe: str, assignments: tuple[str, ...], run_dir: str | None, resume_mode: Any, quiet: bool) -> None:
+def train(
+    recipe: str, assignments: tuple[str, ...], run_dir: str | None, resume_mode: Any, mirror: str | None,
+    allow_change: tuple[str, ...], quiet: bool,
+) -> None:  # fmt: skip
     """Train the model that RECIPE (a TOML file) describes."""
     from . import api
 
-    api.train(recipe, set=assignments, run_dir=run_dir, resume=resume_mode, quiet=quiet)
+    api.train(recipe, set=assignments, run_dir=run_dir, resume=resume_mode, mirror=mirror, allow_change=allow_change,
+              quiet=quiet)  # fmt: skip
 
 
 @cli.command()
 @click.argument("run", type=click.Path())
 @_SET
 @_TRUST
+@_MIRROR
+@_ALLOW
 @_QUIET
-def resume(run: str, assignments: tuple[str, ...], trust_code: str | None, quiet: bool) -> None:
+def resume(
+    run: str, assignments: tuple[str, ...], trust_code: str | None, mirror: str | None, allow_change: tuple[str, ...],
+    quiet: bool,
+) -> None:  # fmt: skip
     """Go on with RUN (a run's folder) from its last checkpoint, to the same bits."""
     from . import api
 
-    api.resume(run, set=assignments, trust_code=trust_code, quiet=quiet)
+    api.resume(run, set=assignments, trust_code=trust_code, mirror=mirror, allow_change=allow_change, quiet=quiet)
+
+
+@cli.command()
+@click.argument("run", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each checkpoint.")
+def checkpoints(run: str, as_json: bool) -> None:
+    """List RUN's checkpoints, oldest first, each read and checked."""
+    from . import api
+
+    _show_checkpoints(api.checkpoints(run), as_json)
+
+
+@cli.command()
+@click.argument("run", type=click.Path())
+@click.option("--replay", is_flag=True, help="Train the last stretch again and compare every bit.")
+@_TRUST
+@click.option("--json", "as_json", is_flag=True, help="Print lines of JSON.")
+def verify(run: str, replay: bool, trust_code: str | None, as_json: bool) -> None:
+    """Check RUN's checkpoints: every size and checksum. Exit code 1 where anything is damaged, or a replay differs."""
+    from . import api
+
+    rows = api.checkpoints(run)
+    _show_checkpoints(rows, as_json)
+    is_bad = any(row.damage for row in rows)
+    if replay and not is_bad:
+        again = api.verify(run, trust_code=trust_code)
+        is_bad = bool(again.differs)
+        said = (
+            f"differs in {', '.join(again.differs[:5])}" if is_bad else f"the same bits in {again.num_tensors} tensors"
+        )
+        line = f"steps {again.first_step} to {again.last_step} trained again: {said}"
+        click.echo(_json_line(vars(again)) if as_json else line)
+    if is_bad:
+        click.get_current_context().exit(EXIT_FAILED)
+
+
+def _show_checkpoints(rows: Iterable[Any], as_json: bool) -> None:
+    import time
+
+    from .watch.console import Console, format_number, format_seconds
+
+    if as_json:
+        for row in rows:
+            click.echo(_json_line(vars(row)))
+        return
+    now = time.time()
+    Console().table(
+        ["checkpoint", "epoch", "metrics", "size", "age", "state"],
+        [
+            (row.name, "" if row.epoch is None else str(row.epoch),
+             ", ".join(f"{name} {format_number(value)}" for name, value in row.metrics.items()),
+             f"{row.size_bytes / 1e6:,.1f} MB", format_seconds(now - row.created),
+             row.damage or ("whole" if row.is_exact else "whole, after a step that failed"))
+            for row in rows
+        ],
+    )  # fmt: skip
 
 
 @cli.command()

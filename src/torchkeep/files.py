@@ -224,6 +224,46 @@ def write_at(handle: int, data: memoryview, place: int) -> None:
         data, place = data[done:], place + done
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Put a copy in a file's place, durably, or leave that as it was.
+
+    Raises:  StorageError where the disk refuses
+    """
+    hidden = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with reported(target):
+        try:
+            with source.open("rb") as taken, hidden.open("wb") as file:
+                shutil.copyfileobj(taken, file, _CHUNK_BYTES)
+                sync_file(file)
+            os.replace(hidden, target)
+            sync_folder(target.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+            raise
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of files, which becomes visible by one rename; its manifest comes last, where renames are copies.
+
+    Raises:  StorageError where the disk refuses
+    """
+    hidden = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with reported(target):
+        try:
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir(parents=True)
+            for file in sorted(source.iterdir(), key=lambda file: file.name == "manifest.json"):
+                copy_file(file, hidden / file.name)
+            if target.exists():
+                remove_folder(target)
+            os.rename(hidden, target)
+            sync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+
+
 def remove_folder(path: Path) -> None:
     """Retire a folder: hidden first by a rename, so that a kill halfway leaves no half folder under its name."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}.retired")
@@ -294,9 +334,12 @@ class FolderLock:
         return self
 
     def release(self) -> None:
+        """Give the lock back; also as ``close``."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    close = release
 
     @staticmethod
     def is_held(folder: Path) -> bool:

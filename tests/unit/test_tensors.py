@@ -66,8 +66,12 @@ def test_views_of_one_storage_are_written_each(tmp_path: Path) -> None:
 
 
 def test_others_read_what_is_written_and_the_other_way_round(tmp_path: Path) -> None:
-    tensors = {"wide": torch.randn(3, 2, dtype=torch.float64), "odd": torch.tensor([True] * 3), "none": torch.empty(0, 2),
-               "half": torch.randn(5).bfloat16()}  # fmt: skip
+    tensors = {
+        "wide": torch.randn(3, 2, dtype=torch.float64),
+        "odd": torch.tensor([True] * 3),
+        "none": torch.empty(0, 2),
+        "half": torch.randn(5).bfloat16(),
+    }
     (tmp_path / "ours").write_bytes(b"".join(to_safetensors(tensors)))
     theirs = safetensors.torch.load_file(tmp_path / "ours")
     assert tensor_sha256(theirs) == tensor_sha256(tensors)
@@ -90,7 +94,10 @@ def head(**rows: Any) -> bytes:
         head(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}) + b"1234",
         head(a={"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}) + b"12341234",
         head(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + b"12345",
-        head(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, b={"dtype": "U8", "shape": [2], "data_offsets": [2, 4]})
+        head(
+            a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            b={"dtype": "U8", "shape": [2], "data_offsets": [2, 4]},
+        )
         + b"1234",
         head(a={"dtype": "OBJ", "shape": [1], "data_offsets": [0, 4]}) + b"1234",
         head(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}),

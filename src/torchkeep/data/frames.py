@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def column_names(path: Path, form: Form = Form()) -> list[str]:
     if form.columns:
         return list(form.columns)
     if suffix in PARQUET and not form.is_csv:
-        return list(_parquet_schema(path).names)
+        with _readable(path):
+            return list(pq.read_schema(path).names)
     if suffix in (*ARROW, *JSON_LINES) and not form.is_csv:
         return list(_read(path, form).column_names)
     return _csv_header(path)
@@ -91,15 +93,13 @@ def _read(path: Path, form: Form) -> Frame:
     suffix = path.suffix.lower()
     if form.is_csv or suffix not in (*PARQUET, *ARROW, *JSON_LINES):
         return _read_csv(path, form)
-    try:
+    with _readable(path):
         if suffix in ARROW:
             return _read_arrow(path)
         with path.open("rb") as file:  # by itself pyarrow would read "key=value" in the folder's name as a column
             if suffix in JSON_LINES:
                 return pjson.read_json(file, pjson.ReadOptions(block_size=_BLOCK_BYTES))
             return pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
 
 
 def _read_arrow(path: Path) -> Frame:
@@ -111,6 +111,15 @@ def _read_arrow(path: Path) -> Frame:
             return pa.ipc.open_stream(file).read_all()
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the readers say of a file into the one form of message."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        raise _unreadable(path, error) from None
+
+
 def _unreadable(path: Path, error: Exception) -> DataError:
     what = "this table is missing" if isinstance(error, FileNotFoundError) else "this table cannot be read"
     near = near_name(path) if isinstance(error, FileNotFoundError) else ""
@@ -120,23 +129,13 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(what, where=path, got=got, expected=f"one of {', '.join(TABLE_SUFFIXES)}, in UTF-8", fix=near)
 
 
-def _parquet_schema(path: Path) -> Any:
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
-
-
 def _delimiter(path: Path) -> str:
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def _csv_header(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file, delimiter=_delimiter(path)), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(path, error) from None
+    with _readable(path), path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file, delimiter=_delimiter(path)), [])
     names = [name.strip() for name in header]
     _check_names(names, path)
     return names
@@ -160,13 +159,11 @@ def _read_csv(path: Path, form: Form) -> Frame:
     # every cell as text first: a blank before a number or a "?" among numbers must not decide its column's type
     convert = pcsv.ConvertOptions(column_types={name: pa.string() for name in names}, strings_can_be_null=False)
     parse = pcsv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True)
-    try:
-        skipped = 0 if form.columns else 1
-        # "after names" counts rows, where "skip_rows" counts lines: a name in quotes may have several
-        read = pcsv.ReadOptions(column_names=names, skip_rows_after_names=skipped, block_size=_BLOCK_BYTES)
+    skipped = 0 if form.columns else 1
+    # "after names" counts rows, where "skip_rows" counts lines: a name in quotes may have several
+    read = pcsv.ReadOptions(column_names=names, skip_rows_after_names=skipped, block_size=_BLOCK_BYTES)
+    with _readable(path):
         frame = pcsv.read_csv(path, read, parse, convert)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
     if frame.num_rows:
         _check_closed(path, frame[names[-1]][-1].as_py(), frame.num_rows)
     made = {name: frame[name] if name in form.text else _typed(frame[name], name in form.words) for name in names}

@@ -141,7 +141,7 @@ def _loaded(name: str, split: str, streaming: bool) -> tuple[Any, str]:
             "this dataset cannot be opened", where=name, got=f"{type(error).__name__}: {line}"[:300],
             expected="a dataset of the hub or of this disk, as hf:NAME, hf:NAME:CONFIG or hf:FOLDER",
         ) from None  # fmt: skip
-    chosen = _split_of(loaded, wanted, name) if isinstance(loaded, dict) else _checked(loaded, said, name)
+    chosen = _split_of(loaded, wanted, name) if isinstance(loaded, dict) or said else loaded
     return chosen.to_iterable_dataset() if streaming and is_saved(folder) else chosen, f"{name} ({wanted})"
 
 
@@ -160,22 +160,16 @@ def _parsed(name: str) -> tuple[str, str | None, str | None]:
     return found["name"], found["config"], found["split"]
 
 
-def _checked(loaded: Any, said: str | None, name: str) -> Any:
-    """A dataset that was saved without splits: a split is asked for only where the name says one."""
-    if said is not None and said != str(loaded.split):
-        got, there = repr(said), f"a dataset without splits, of {loaded.split or 'no'} split"
-        raise DataError("this dataset has no such split", where=name, got=got, expected=there, fix="leave @ out")
-    return loaded
-
-
 def _split_of(loaded: Any, wanted: str, name: str) -> Any:
-    if wanted not in loaded:
-        near = nearest(wanted, list(loaded))
+    """The split of a dataset, which may have been saved without splits, as one of them alone."""
+    held = loaded if isinstance(loaded, dict) else {str(loaded.split): loaded}
+    if wanted not in held:
+        near = nearest(wanted, list(held))
         raise DataError(
-            "this dataset has no such split", where=name, got=repr(wanted), expected=f"one of {', '.join(loaded)}",
-            fix=near or f"{name.partition('@')[0]}@{next(iter(loaded))}",
+            "this dataset has no such split", where=name, got=repr(wanted), expected=f"one of {', '.join(held)}",
+            fix=near or f"{name.partition('@')[0]}@{next(iter(held))}",
         )  # fmt: skip
-    return loaded[wanted]
+    return held[wanted]
 
 
 class HubStream(Stream):

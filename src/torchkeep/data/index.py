@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from ..errors import DataError, StorageError, nearest
-from ..files import DurableFolder, cache_root
+from ..files import DurableFolder, cache_root, checksum
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +32,7 @@ _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 _SAVED_FROM = 50_000  # files: below that a folder is listed anew in less time than a person notices
 _SETTLED_S = 2.0  # a folder that changed within this time may change again without another time stamp
 _CHECKED_AT_ONCE = 1 << 26  # bytes: 10 ms
-_FORM = 2
+_FORM = 3
 _STORED = {"names": np.uint8, "offsets": np.int64, "sizes": np.int64, "labels": np.int32, "folders": np.uint8,
            "folder_offsets": np.int64, "changed": np.int64}  # fmt: skip
 
@@ -174,19 +174,17 @@ class Listing:
 
         Raises:  StorageError where the disk refuses
         """
-        arrays = self._arrays()
-        lengths = {name: len(numbers) for name, numbers in arrays.items()}
         # not orjson: the root's name may be no UTF-8
-        header = json.dumps([_FORM, str(self.root), self.classes, self.fingerprint(), self.pattern, lengths,
-                             _checksum(arrays)])  # fmt: skip
+        header = json.dumps([_FORM, str(self.root), self.classes, self.fingerprint(), self.pattern])
         with DurableFolder(folder, replace=True) as made:
-            for name, numbers in arrays.items():
+            for name, numbers in self._arrays().items():
                 made.write(f"{name}.bin", bytes_of_array(numbers))
-            made.write("listing.json", json.dumps([header, xxhash.xxh3_64_hexdigest(header.encode())]).encode())
+            made.write("listing.json", header.encode())
         self.saved_at = folder
 
-    def _check(self, said: str) -> None:
-        self.is_damaged = _checksum(self._arrays()) != said
+    def _check(self, sums: dict[str, str]) -> None:
+        found = {f"{name}.bin": checksum(bytes_of_array(numbers)) for name, numbers in self._arrays().items()}
+        self.is_damaged = found != {name: sums[name] for name in found}
         self.checked.set()
 
     def _arrays(self) -> dict[str, Array]:
@@ -202,19 +200,22 @@ class Listing:
         The 480 MB of 10 million files are checked while the work begins; ``is_damaged`` counts once ``checked`` is set.
         """
         try:
-            header, said = json.loads((folder / "listing.json").read_bytes())
+            files = json.loads((folder / "manifest.json").read_bytes())["files"]
+            header = (folder / "listing.json").read_bytes()
+            form, root, classes, fingerprint, pattern = json.loads(header)
             held = {name: _mapped(folder / f"{name}.bin", kind) for name, kind in _STORED.items()}
-            form, root, classes, fingerprint, pattern, lengths, checksum = json.loads(header)
-        except (OSError, ValueError, TypeError):
+            sums = {name: row["xxh3_128"] for name, row in files.items()}
+            is_whole = checksum(header) == sums["listing.json"] and form == _FORM
+            sizes = [files[f"{name}.bin"]["size_bytes"] for name in held]
+        except (OSError, ValueError, TypeError, KeyError):
             return None
-        is_whole = xxhash.xxh3_64_hexdigest(header.encode()) == said and form == _FORM
-        if not is_whole or lengths != {name: len(numbers) for name, numbers in held.items()}:
+        if not is_whole or sizes != [numbers.nbytes for numbers in held.values()]:
             return None
         opened = Listing(
             Path(root), Names(held["names"], held["offsets"]), held["sizes"], held["labels"], tuple(classes),
             Names(held["folders"], held["folder_offsets"]), held["changed"], pattern, folder, fingerprint,
         )  # fmt: skip
-        check = threading.Thread(target=opened._check, args=(checksum,), daemon=True)
+        check = threading.Thread(target=opened._check, args=(sums,), daemon=True)
         check.start()
         if sum(numbers.nbytes for numbers in held.values()) <= _CHECKED_AT_ONCE:
             check.join()
@@ -235,13 +236,6 @@ def _reopened(folder: Path, fingerprint: str) -> Listing:
 
 def _mapped(path: Path, kind: Any) -> Array:
     return np.memmap(path, kind, mode="r") if path.stat().st_size else np.empty(0, kind)
-
-
-def _checksum(arrays: dict[str, Array]) -> str:
-    digest = xxhash.xxh3_128()
-    for numbers in arrays.values():
-        digest.update(bytes_of_array(numbers))
-    return str(digest.hexdigest())
 
 
 def _changed_ns(folder: Path) -> int:

@@ -143,7 +143,11 @@ def labels_of_classes(values: np.ndarray[Any, Any], found: Sequence[str], like: 
     """
     if like is None or like.classes == tuple(found):
         return Labels("label", Field("label", (), tuple(found), is_target=True), values)
-    _check_kind("label", like, where)
+    if like.kind != "label":
+        raise DataError(
+            "these labels are of another kind than those of the training data", where=where, got="kind 'label'",
+            expected=f"kind {like.kind!r}",
+        )  # fmt: skip
     check_classes(found, like.classes, where)
     place_of = {name: place for place, name in enumerate(like.classes)}
     place = np.array([place_of[name] for name in found], np.int64)
@@ -184,14 +188,6 @@ def _kind_of(kind: Any, separator: str | None) -> str:
 
 def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _check_kind(kind: str, like: Field, where: str) -> None:
-    if like.kind != kind:
-        raise DataError(
-            "these labels are of another kind than those of the training data", where=where, got=f"kind {kind!r}",
-            expected=f"kind {like.kind!r}",
-        )  # fmt: skip
 
 
 def _check_words(kind: Any, place: str, expected: str, like: Field | None) -> None:

@@ -158,6 +158,11 @@ class Loader:
         return whole + (1 if rest and self.last != "drop" else 0)
 
     @property
+    def batches_left(self) -> int:
+        """Batches of the epoch that is under way, or of the next one."""
+        return len(self) - self._delivered
+
+    @property
     def num_samples(self) -> int:
         """Samples of one epoch, over all ranks."""
         return len(self.sampler) if self.sampler is not None else len(self.dataset)

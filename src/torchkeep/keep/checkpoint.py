@@ -85,6 +85,7 @@ class Saved:
     path: Path
     step: int
     metrics: dict[str, float]
+    is_exact: bool = True
 
 
 class Checkpoints:
@@ -313,7 +314,8 @@ class Checkpoints:
         return [_row_of(path) for path in self.steps()]
 
     def _saved(self, path: Path) -> Saved:
-        return Saved(path, _step_of(path), self._metrics(path))
+        is_exact = bool(_migrated(read_json(path / _STATE), path)["exact"])
+        return Saved(path, _step_of(path), self._metrics(path), is_exact)
 
     def _metrics(self, path: Path) -> dict[str, float]:
         if path not in self._whole:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,15 +14,19 @@ from ..errors import Interrupted, PreemptedError, TorchkeepError
 from ..folder import RunFolder
 from ..keep.checkpoint import Checkpoints, Saved
 from ..keep.generators import seed_generators
+from ..keep.mirror import Mirror
 from ..tensors import tensor_sha256
 from ..watch.console import Console, format_number, format_seconds
 from ..watch.records import Recorder, last_step, next_attempt
 from ..watch.tensorboard import TensorBoardView
 from .loop import Signals, Training, load_model
 from .prepare import Prepared
+from .resuming import Changes
 
 
-def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: float, is_exact: bool) -> None:
+def attempt(
+    prepared: Prepared, folder: RunFolder, console: Console, began: float, changes: Changes, mirror: Path | None
+) -> None:
     """Train a prepared run to its end in its folder, whose lock is held.
 
     ``began`` is when the command began, Unix s. An attempt that is not exact, since something has changed, is shown
@@ -34,21 +39,28 @@ def attempt(prepared: Prepared, folder: RunFolder, console: Console, began: floa
     checkpoints = checkpoints_of(prepared, folder, console)
     taken = checkpoints.take_up()
     saved = taken[0] if taken else None
-    goes_apart = not is_exact and last_step(folder.records) > (saved.step if saved else 0)
+    if mirror is not None:
+        copied = Mirror(folder.path, mirror, console.warn)
+        checkpoints.after_visible = copied.begin
+    goes_apart = not changes.is_exact and last_step(folder.records) > (saved.step if saved else 0)
     shown = folder.tensorboard / f"attempt-{number}" if goes_apart else folder.tensorboard
     views = [TensorBoardView(shown, number)] if "tensorboard" in settings.monitor.views else []
     recorder = Recorder(folder.records, attempt=number, views=views, on_alert=console.warn)
     training = prepared.training(checkpoints, recorder, console, Signals(), _go_on(prepared, folder))
+    training.data_changed = changes.data
     try:
         # before anything is recorded: a checkpoint that does not fit leaves no record behind
         _restore(training, taken[1] if taken else None, settings.seed)
-        _announce(training, prepared, folder, saved)
+        _announce(training, prepared, folder, saved, changes)
         if number == 0:
             _record_start(training, prepared, began)
         metrics, reason = _train(training, prepared)
     finally:
         with contextlib.suppress(Exception):
             recorder.close()
+        if mirror is not None:
+            copied.begin(folder.path)
+            copied.join()
     _summarise(training, prepared, folder, metrics, reason, began)
 
 
@@ -99,14 +111,31 @@ def _restore(training: Training, state: dict[str, Any] | None, seed: int) -> Non
         training.load_state_dict(state)
 
 
-def _announce(training: Training, prepared: Prepared, folder: RunFolder, saved: Saved | None) -> None:
+def _announce(training: Training, prepared: Prepared, folder: RunFolder, saved: Saved | None, changes: Changes) -> None:
     console = training.console
     if saved is not None:
         console.say(f"resumed from step {saved.step}, epoch {training.clock.epoch} ({saved.path})")
+        console.say(f"restored  {_restored(training)}")
+        reasons = list(changes.reasons)
         if prepared.device.type != "cpu" and not prepared.work.settings.train.deterministic:
-            console.warn("without train.deterministic = true a GPU's last bits differ: the resume is best-effort")
+            reasons.append("without train.deterministic = true a GPU's last bits differ")
+        if not saved.is_exact:
+            reasons.append("the checkpoint was taken after a step that failed halfway")
+        reasons += [row.reason for row in prepared.decisions.rows if row.name == "resume"]
+        console.say(f"resume    {'best-effort: ' + '; '.join(reasons) if reasons else 'exact'}")
     console.decisions(prepared.decisions.rows)
     console.say(f"run       {folder.path}")
+
+
+def _restored(training: Training) -> str:
+    parts = ["parameters", "optimiser", "random states", f"{training.loader.batches_left:,} batches left of the epoch"]
+    if training.average is not None:
+        parts.append("moving average")
+    if training.best.value is not None:
+        parts.append(f"best {training.best_metric} {format_number(training.best.value)}")
+    if training.stopper is not None:
+        parts.append(f"{training.stopper.waited} of {training.stopper.patience} evaluations without a better one")
+    return ", ".join(parts)
 
 
 def _record_start(training: Training, prepared: Prepared, began: float) -> None:

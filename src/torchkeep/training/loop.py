@@ -141,6 +141,10 @@ class Signals:
             signal.signal(number, before)
 
 
+class _StopReached(Exception):  # noqa: N818 - nothing went wrong
+    """A replay is where it should end."""
+
+
 class Parts(Protocol):
     """What ``prepare`` has made for a training."""
 
@@ -241,7 +245,7 @@ class Training:
         """Steps up to the epoch's end, or to the last step; whether the epoch was finished."""
         clock, stepper, window, limit = self.clock, self.stepper, self.window, self.total_steps
         begun, samples = time.perf_counter(), clock.samples
-        last_of_epoch = (clock.epoch + 1) * self.steps_per_epoch
+        last_of_epoch = clock.step + self._steps_left()
         for batches in self._groups():
             self._last_indices = indices = [batch[INDEX] for batch in batches]
             try:
@@ -259,6 +263,7 @@ class Training:
                 self._tick(now)
             if clock.step == last_of_epoch:
                 continue  # what is due is done at the epoch's end, after the evaluation
+            self._leave_at_stop()
             if clock.step >= limit:
                 break  # the same
             if clock.step >= self._next_log:
@@ -271,6 +276,24 @@ class Training:
         self._trained_s += time.perf_counter() - begun
         self._trained_samples += clock.samples - samples
         return clock.step == last_of_epoch
+
+    def _steps_left(self) -> int:
+        """Steps of the epoch under way."""
+        return -(-self.loader.batches_left // self.settings.train.accumulate)
+
+    def replay_to(self, step: int) -> None:
+        """Train from a state that was loaded up to the end of another step, as if for a save, and no further."""
+        self._stop_at = step
+        begin_training(self.stepper.model)
+        with contextlib.suppress(_StopReached):
+            self._run_epochs()
+        self.window.read(self.clock.step)
+
+    _stop_at = -1
+
+    def _leave_at_stop(self) -> None:
+        if self.clock.step == self._stop_at:
+            raise _StopReached
 
     def _groups(self) -> Iterator[list[Batch]]:
         """The batches of one update: one, or ``accumulate`` of them."""
@@ -343,6 +366,7 @@ class Training:
         self.history.append(row)
         number = self.clock.epoch - 1 if finished else self.clock.epoch
         self.console.epoch(number, self.settings.train.epochs, measured, elapsed_s, is_best)
+        self._leave_at_stop()
         self._save_after_epoch(is_best)
         if self.signals.asked is not None:
             self._leave()
@@ -470,7 +494,10 @@ class Training:
         if self.average is not None:  # one that is new with this resume begins at the parameters as they are
             self.average.load_state_dict(state["optimizer"]["average"] or state["model"])
         self.clock.load_state_dict(state["clock"])
-        self.loader.load_state_dict(state["loader"])
+        if self.data_changed:
+            self._go_on_with_other_data()
+        else:
+            self.loader.load_state_dict(state["loader"])
         if self.stopper is not None and state["stopper"]:
             self.stopper.load_state_dict(state["stopper"])
         self.best = Best(**state["best"])
@@ -483,6 +510,15 @@ class Training:
         self._next_log = (self.clock.step // self.log_every + 1) * self.log_every
         self._last_saved_step = self.clock.step
         set_generator_states(state["rng"])  # last: nothing after this may draw
+
+    data_changed = False
+
+    def _go_on_with_other_data(self) -> None:
+        """Begin the epoch anew, of the data as they are now; the schedule is stretched over the steps that are left."""
+        self.loader.load_state_dict({**self.loader.state_dict(), "epoch": self.clock.epoch, "delivered": 0})
+        left = (self.settings.train.epochs - self.clock.epoch) * self.steps_per_epoch
+        self.total_steps = min(self.clock.step + left, self.settings.train.max_steps or self.clock.step + left)
+        self.stepper.optimizers.total_steps = self.total_steps
 
 
 def load_model(model: torch.nn.Module, tensors: dict[str, Any]) -> None:

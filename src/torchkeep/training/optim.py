@@ -174,7 +174,7 @@ class Optimizers:
         self.by_name = by_name
         self.scaler = scaler
         self._factor = factor
-        self._total_steps = total_steps
+        self.total_steps = total_steps
         self._scheduler = scheduler
         self._wants_metric = scheduler is not None and "metrics" in inspect.signature(scheduler.step).parameters
         # ReduceLROnPlateau watches evaluations, of which an epoch has one
@@ -196,7 +196,7 @@ class Optimizers:
         """Assign the rates for the update after ``step`` updates."""
         if self._factor is None:
             return
-        factor = self._factor(step, self._total_steps)
+        factor = self._factor(step, self.total_steps)
         for group, rate in self._scheduled:
             group["lr"] = rate * factor
 

@@ -286,7 +286,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in FILES), "listing.json"])
+@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in FILES), "listing.json", "manifest.json"])
 def test_a_damaged_listing_is_made_anew(root: Path, name: str, damage: str) -> None:
     made = list_folder(root, TEXTS)
     assert made.saved_at is not None

@@ -1,0 +1,210 @@
+"""Small runs put together from features by name, and the ways they are stopped; processes of their own import it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import torchkeep as tk
+from torchkeep.tensors import pack, tensor_sha256
+from torchkeep.watch.records import canonical, read_records
+
+FEATURES: dict[str, tuple[str, ...]] = {
+    "dropout": ("off", "on"),
+    "norm": ("off", "batch"),
+    "augment": ("off", "on"),
+    "mix": ("off", "mixup", "cutmix"),
+    "accumulate": ("1", "2"),
+    "average": ("off", "on"),
+    "clip": ("off", "on"),
+    "schedule": ("constant", "one_cycle"),
+    "stopping": ("off", "warmup", "restore_best"),
+    "feed": ("inline", "threads", "processes"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "optimisers": ("one", "two"),
+    "every": ("1", "2", "3", "epoch"),
+    "keep": ("last", "every 4"),
+    "cache": ("off", "ram"),
+    "bad": ("none", "substitute", "mask"),
+    "metrics": ("valid", "both"),
+    "stop": ("interrupt", "at once", "failure"),
+}
+"""What a run is made of, and ``stop``, how its process is left. Pairs of these are what a resume has to bear."""
+
+APART = {
+    # a step of the user's own mixes by itself, and updates within itself
+    *(frozenset({("mix", mix), ("optimisers", "two")}) for mix in ("mixup", "cutmix")),
+    frozenset({("accumulate", "2"), ("optimisers", "two")}),
+    # images are read in processes where an augmentation is the user's own
+    frozenset({("feed", "processes"), ("augment", "off")}),
+}
+"""Pairs that cannot be together."""
+
+Case = dict[str, str]
+_BATCH, _TRAIN, _VALID = 5, 18, 6  # four batches, the last of three
+
+
+# --- how a run is left
+
+
+class Stopped(Exception):
+    """A step that fails, as a bug of the user's would make it."""
+
+
+class Stop:
+    """Leaves a run within the ``number``-th forward of a module, counted from the first that trains; none: never."""
+
+    def __init__(self, how: str, number: int | None, wait_s: float = 0.0):
+        self.how, self.number, self.wait_s, self.calls = how, number, wait_s, 0
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        self.calls += module.training or self.calls > 0
+        if self.calls == self.number:
+            self.number = None
+            time.sleep(self.wait_s)  # a save may be under way
+            _LEAVE[self.how]()
+
+
+def _fail() -> None:
+    raise Stopped
+
+
+def _interrupt(times: int) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+_LEAVE: dict[str, Callable[[], None]] = {
+    "interrupt": lambda: _interrupt(1),
+    "at once": lambda: _interrupt(2),
+    "failure": _fail,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
+LEFT_BY: dict[str, type[BaseException]] = {
+    "interrupt": tk.Interrupted, "at once": KeyboardInterrupt, "failure": Stopped,
+}  # fmt: skip
+
+
+# --- what is trained
+
+
+def draw_images(place: Path) -> None:
+    """Folders "whole", "damaged" (one of whose images cannot be read) and "valid" of two classes, told by chance."""
+    rng = np.random.default_rng(0)
+    for split, size in (("whole", _TRAIN), ("damaged", _TRAIN), ("valid", _VALID)):
+        for number in range(size):
+            path = place / split / "ab"[number % 2] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (10, 12, 3), dtype=np.uint8)).save(path)
+    (place / "damaged" / "a" / "04.png").write_bytes(b"no image")
+
+
+def fading(sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """An augmentation of the user's own."""
+    return {**sample, "image": (sample["image"] * rng.uniform(0.5, 1.0)).to(torch.uint8)}
+
+
+class Net(nn.Module):
+    """A convolution and a linear layer, with whatever else of ``case`` is part of a model."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        norm = nn.BatchNorm2d(4) if case["norm"] == "batch" else nn.Identity()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), norm, nn.Tanh(), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(0.4 if case["dropout"] == "on" else 0.0), nn.Linear(36, 2))
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(image))
+        return logits
+
+
+def two_in_turn(model: nn.Module, batch: dict[str, Tensor], context: Any) -> dict[str, Any]:
+    """A step of the user's own: the head learns from noisy images, then the body from clean ones."""
+    image, label = batch["image"], batch["label"]
+    noise = torch.randn(image.shape, generator=context.generator("noise"))
+    noisy = F.cross_entropy(model(image + 0.3 * noise).float(), label)
+    context.backward(noisy, "head")
+    output = model(image).float()
+    loss = F.cross_entropy(output, label)
+    context.backward(loss, "body")
+    return {"loss": loss, "noisy": noisy, "output": output, "target": label}
+
+
+def two_optimisers(model: Any) -> dict[str, torch.optim.Optimizer]:
+    return {
+        "body": torch.optim.AdamW(model.body.parameters(), lr=0.02),
+        "head": torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9),
+    }
+
+
+def images_of(case: Case, place: Path) -> tuple[tk.ImageFolder, tk.ImageFolder]:
+    augment: list[Any] = ["random_resized_crop", "horizontal_flip", "color_jitter"] if case["augment"] == "on" else []
+    augment += [fading] if case["feed"] == "processes" else []
+    train = tk.ImageFolder(place / ("whole" if case["bad"] == "none" else "damaged"), image_size=8, augment=augment)
+    return train, tk.ImageFolder(place / "valid", image_size=8, like=train)
+
+
+def settings_of(case: Case) -> dict[str, Any]:
+    """The sections, as a recipe has them."""
+    every, stopping = case["every"], case["stopping"]
+    train = {"threads": 1, "precision": case["precision"], "accumulate": int(case["accumulate"])}
+    train |= {case["mix"]: 0.8} if case["mix"] != "off" else {}
+    train |= {"ema": 0.8} if case["average"] == "on" else {}
+    train |= {"clip_norm": 0.5} if case["clip"] == "on" else {}
+    train |= {"train_metrics": case["metrics"] == "both"}
+    early: dict[str, Any] = {"restore_best": stopping == "restore_best"}
+    if stopping != "off":  # no improvement is large enough: the first two evaluations pass, or the second ends it
+        early |= {"patience": 1, "min_delta": 9.0, "warmup": 2 if stopping == "warmup" else 0}
+    checkpoint = {"every": every if every == "epoch" else int(every), "on_error": "leave", "metric": "valid/loss"}
+    checkpoint |= {"keep_every": 4} if case["keep"] == "every 4" else {}
+    return {"train": train, "early_stopping": early, "checkpoint": checkpoint,
+            "monitor": {"views": [], "log_every": 2}}  # fmt: skip
+
+
+def fit(case: Case, place: Path, folder: Path, stop: Stop) -> tuple[tk.Run, str]:
+    """The run, everything built anew, and the identity of the parameters that the model was left with."""
+    torch.manual_seed(3)
+    model = Net(case)
+    model.register_forward_pre_hook(stop)
+    train, valid = images_of(case, place)
+    own: dict[str, Any] = {"learning_rate": 0.02}
+    if case["optimisers"] == "two":
+        own = {"step": two_in_turn, "optimizer": two_optimisers}
+    torch.manual_seed(os.getpid())  # what the program draws by itself is not what the run goes on with
+    run = tk.fit(
+        model, train, valid, metrics=["accuracy"], epochs=3, batch_size=_BATCH, schedule=case["schedule"],
+        workers=0 if case["feed"] == "inline" else 2, cache="ram" if case["cache"] == "ram" else "off",
+        on_bad="raise" if case["bad"] == "none" else case["bad"], run_dir=folder, resume="auto", quiet=True,
+        settings=settings_of(case), **own,
+    )  # fmt: skip
+    return run, tensor_sha256(dict(model.state_dict()))
+
+
+# --- what must be the same
+
+
+def all_of(folder: Path) -> tuple[bytes, str, Any, str]:
+    """Everything that must be the same: the record, the last checkpoint's tensors and values, and why it ended."""
+    checkpoints = tk.Checkpoints(folder / "checkpoints")
+    saved = checkpoints.latest()
+    assert saved is not None
+    values, tensors = pack(checkpoints.load(saved))
+    ends = [row for row in read_records(folder / "records.jsonl") if row["kind"] == "run_end"]
+    return canonical(folder / "records.jsonl"), tensor_sha256(tensors), (saved.step, values), ends[-1]["reason"]
+
+
+def states_of(folder: Path) -> dict[str, tuple[str, Any]]:
+    """The tensors and values of every checkpoint that stands, by its name."""
+    checkpoints = tk.Checkpoints(folder)
+    packed = {path.name: pack(checkpoints.load(path)) for path in checkpoints.steps()}
+    return {name: (tensor_sha256(tensors), values) for name, (values, tensors) in packed.items()}

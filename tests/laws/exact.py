@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "metrics": ("valid", "both"),
     "stop": ("interrupt", "at once", "failure"),
 }
-"""What a run is made of, and ``stop``, how its process is left. Pairs of these are what a resume has to bear."""
+"""What a run is made of, and how it is left (``stop``)."""
 
 APART = {
     # a step of the user's own mixes by itself, and updates within itself
@@ -51,13 +52,13 @@ APART = {
 """Pairs that cannot be together."""
 
 Case = dict[str, str]
-_BATCH, _TRAIN, _VALID = 5, 18, 6  # four batches, the last of three
+_BATCH, _TRAIN, _VALID = 5, 18, 5  # four batches, the last of three; one to evaluate
 
 
 # --- how a run is left
 
 
-class Stopped(Exception):
+class StepError(Exception):
     """A step that fails, as a bug of the user's would make it."""
 
 
@@ -76,7 +77,7 @@ class Stop:
 
 
 def _fail() -> None:
-    raise Stopped
+    raise StepError
 
 
 def _interrupt(times: int) -> None:
@@ -91,7 +92,7 @@ _LEAVE: dict[str, Callable[[], None]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }
 LEFT_BY: dict[str, type[BaseException]] = {
-    "interrupt": tk.Interrupted, "at once": KeyboardInterrupt, "failure": Stopped,
+    "interrupt": tk.Interrupted, "at once": KeyboardInterrupt, "failure": StepError,
 }  # fmt: skip
 
 
@@ -99,14 +100,14 @@ LEFT_BY: dict[str, type[BaseException]] = {
 
 
 def draw_images(place: Path) -> None:
-    """Folders "whole", "damaged" (one of whose images cannot be read) and "valid" of two classes, told by chance."""
+    """Folders "whole", "damaged" (one of whose images cannot be read) and "valid": noise in two unequal classes."""
     rng = np.random.default_rng(0)
     for split, size in (("whole", _TRAIN), ("damaged", _TRAIN), ("valid", _VALID)):
         for number in range(size):
-            path = place / split / "ab"[number % 2] / f"{number:02}.png"
+            path = place / split / "ab"[number % 3 > 0] / f"{number:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (10, 12, 3), dtype=np.uint8)).save(path)
-    (place / "damaged" / "a" / "04.png").write_bytes(b"no image")
+    (place / "damaged" / "a" / "03.png").write_bytes(b"no image")
 
 
 def fading(sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -161,9 +162,9 @@ def settings_of(case: Case) -> dict[str, Any]:
     train |= {case["mix"]: 0.8} if case["mix"] != "off" else {}
     train |= {"ema": 0.8} if case["average"] == "on" else {}
     train |= {"clip_norm": 0.5} if case["clip"] == "on" else {}
-    train |= {"train_metrics": case["metrics"] == "both"}
+    train |= {"train_metrics": case["metrics"] == "both", "epochs": 4 if stopping == "warmup" else 3}
     early: dict[str, Any] = {"restore_best": stopping == "restore_best"}
-    if stopping != "off":  # no improvement is large enough: the first two evaluations pass, or the second ends it
+    if stopping != "off":  # no improvement is large enough: the second evaluation ends it, or with a warm-up the third
         early |= {"patience": 1, "min_delta": 9.0, "warmup": 2 if stopping == "warmup" else 0}
     checkpoint = {"every": every if every == "epoch" else int(every), "on_error": "leave", "metric": "valid/loss"}
     checkpoint |= {"keep_every": 4} if case["keep"] == "every 4" else {}
@@ -182,7 +183,7 @@ def fit(case: Case, place: Path, folder: Path, stop: Stop) -> tuple[tk.Run, str]
         own = {"step": two_in_turn, "optimizer": two_optimisers}
     torch.manual_seed(os.getpid())  # what the program draws by itself is not what the run goes on with
     run = tk.fit(
-        model, train, valid, metrics=["accuracy"], epochs=3, batch_size=_BATCH, schedule=case["schedule"],
+        model, train, valid, metrics=["accuracy"], batch_size=_BATCH, schedule=case["schedule"],
         workers=0 if case["feed"] == "inline" else 2, cache="ram" if case["cache"] == "ram" else "off",
         on_bad="raise" if case["bad"] == "none" else case["bad"], run_dir=folder, resume="auto", quiet=True,
         settings=settings_of(case), **own,
@@ -208,3 +209,56 @@ def states_of(folder: Path) -> dict[str, tuple[str, Any]]:
     checkpoints = tk.Checkpoints(folder)
     packed = {path.name: pack(checkpoints.load(path)) for path in checkpoints.steps()}
     return {name: (tensor_sha256(tensors), values) for name, (values, tensors) in packed.items()}
+
+
+# --- in processes of their own, and with the pieces alone
+
+
+def run_killed(case: Case, place: Path, folder: Path, number: int | None) -> None:
+    """``fit`` in a process of its own, which a kill -9 ends within its ``number``-th forward."""
+    fit(case, place, folder, Stop("kill", number, random.random() * 0.005))
+
+
+def run_loop(place: Path, folder: Path, number: int | None) -> None:
+    """The same for a loop written by hand: feeding, saving, stopping and the generators' states are from here."""
+    torch.set_num_threads(1)
+    stop = Stop("kill", number, random.random() * 0.005)
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    model = Net({"norm": "batch", "dropout": "on"})
+    model.register_forward_pre_hook(stop)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    train, valid = images_of({"augment": "on", "feed": "threads", "bad": "none"}, place)
+    loader, evaluated = tk.Loader(train, _BATCH, shuffle=True, seed=7, workers=2), tk.Loader(valid, _VALID)
+    checkpoints = tk.Checkpoints(folder, keep_last=3, metric="valid/loss")
+    stopper = tk.EarlyStopping(metric="valid/loss", patience=1, min_delta=9.0, warmup=2)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader, "stopper": stopper}
+    losses: list[float] = []
+
+    def save(metrics: dict[str, float]) -> None:
+        state: dict[str, Any] = {name: dict(part.state_dict()) for name, part in parts.items()}
+        state |= {"rng": tk.generator_states(), "losses": losses}
+        checkpoints.save(len(losses), state, metrics, wait=False)
+
+    saved = checkpoints.latest()
+    if saved is not None:
+        state = checkpoints.load(saved)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        losses = state["losses"]
+        tk.set_generator_states(state["rng"])
+    while not stopper.should_stop:
+        model.train()
+        for batch in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch["image"] / 255), batch["label"])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+            save({})
+        model.eval()
+        with torch.no_grad():
+            batch = next(iter(evaluated))
+            metrics = {"valid/loss": F.cross_entropy(model(batch["image"] / 255), batch["label"]).item()}
+        stopper.update(metrics)
+        save(metrics)
+    checkpoints.join()

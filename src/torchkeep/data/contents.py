@@ -29,13 +29,12 @@ from .images import Images
 from .mel import log_mel
 from .samples import TARGETS, absorb
 from .streams import Stream
-from .tables import Table
+from .tables import Table, are_class_numbers
 from .text import TextBlocks, Texts
 
 Progress = Callable[[str, int, int], None]
 """A split's name, samples read, samples in all."""
 
-_MANY_CLASSES = 50
 _MOST_WORDS = 10
 _MOST_OF_STREAM = 10_000  # they are held
 _HEARD_S, _HEARD = 30, 0.02  # what is compared of a recording: from where it reaches this share of its peak
@@ -354,8 +353,7 @@ def _of_rows(split: str, rows: Rows, positions: Indices) -> Split:
     labels: list[tuple[str, ...]] = [()] * len(positions)
     if rows.target in frame.column_names:
         target = frame[rows.target]
-        is_few = pa.types.is_integer(target.type) and pc.count_distinct(target).as_py() <= _MANY_CLASSES
-        column = _column_of(target, is_few)
+        column = _column_of(target, are_class_numbers(target))
         if isinstance(column, np.ndarray):
             made.held[str(rows.target)] = column
         elif column is not None:

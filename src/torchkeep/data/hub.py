@@ -175,8 +175,8 @@ def _split_of(loaded: Any, wanted: str, name: str) -> Any:
 class HubStream(Stream):
     """A dataset of Hugging Face as a stream: "hf:NAME" with ``streaming``. One epoch is ``length`` samples.
 
-    The samples are those of ``HubDataset``; options are those of the dataset of its kind. Nothing can be learned from a
-    stream: texts need tokenizer "bytes" or one of Hugging Face, and tables of numbers cannot be read as one.
+    The samples and the options are those of ``HubDataset``. Nothing can be learned from a stream: texts need tokenizer
+    "bytes" or one of Hugging Face, and tables of numbers cannot be read as one.
 
     Raises:  DataError as ``HubDataset``, where ``length`` is not known, and where something would have to be learned
     """

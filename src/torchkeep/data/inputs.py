@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..chance import ChanceKey
 from ..contracts import Batch, KeyedDataset
 from ..errors import BadSampleError, DataError
 from ..settings import check
-from .blobs import read_file
+from .blobs import ListedFiles
 from .dataset import whole
 from .frames import ARROW, JSON_LINES, PARQUET, TABLE_SUFFIXES, Form, column_names, is_table, read_frame
+from .index import Listing, Names
 from .kinds import ENCODED, kind_of, table_of
 from .labels import LabelledData
 from .sources import DataSettings
@@ -34,30 +36,14 @@ class InputBatch:
     problems: dict[int, str]
 
 
-class NamedFiles:
-    """Files by their paths, as ``Blobs``."""
+class NamedFiles(ListedFiles):
+    """Files by their paths; nobody has looked at their sizes."""
+
+    sizes_bytes = None
 
     def __init__(self, paths: Sequence[Path]):
-        self._paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def read(self, index: int, where: str) -> bytes:
-        return read_file(self._paths[index], where)
-
-    def file_of(self, index: int) -> Path:
-        return self._paths[index]
-
-    def id_of(self, index: int) -> str:
-        return str(self._paths[index]).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-    def absorb(self, digest: Any) -> None:
-        digest.update("\0".join(map(self.id_of, range(len(self)))).encode())
-
-    @property
-    def sizes_bytes(self) -> Any:
-        return None
+        none = np.empty(0, np.int64)
+        super().__init__(Listing(Path(), Names.of(map(str, paths)), none, none, (), Names.of([]), none))
 
 
 def input_batches(

@@ -18,6 +18,7 @@ ENCODED: dict[Kind, type[LabelledData]] = {"image": Images, "audio": Clips, "tex
 
 
 def kind_of(dataset: LabelledData) -> Kind:
+    """What the samples of a dataset are."""
     return next(kind for kind, base in ENCODED.items() if isinstance(dataset, base))
 
 

@@ -279,8 +279,12 @@ def _task_of(column: Any, task: Task, where: str) -> Literal["classification", "
         return task
     if is_category(column.type):
         return "classification"
-    few = pa.types.is_integer(column.type) and pc.count_distinct(column).as_py() <= _MAX_INTEGER_CLASSES
-    return "classification" if few else "regression"
+    return "classification" if are_class_numbers(column) else "regression"
+
+
+def are_class_numbers(column: Any) -> bool:
+    """Whether these are whole numbers, and so few different ones that they are taken for classes."""
+    return bool(pa.types.is_integer(column.type) and pc.count_distinct(column).as_py() <= _MAX_INTEGER_CLASSES)
 
 
 def encode_inputs(frame: Frame, known: TableEncoding, where: str) -> dict[str, Tensor]:

@@ -1,0 +1,212 @@
+"""Law 4 for features in pairs: whatever a run is made of, stopped at any moment it goes on to the same bits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import random
+import signal
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exact import (
+    APART,
+    FEATURES,
+    LEFT_BY,
+    Case,
+    StepError,
+    Stop,
+    all_of,
+    draw_images,
+    fit,
+    run_killed,
+    run_loop,
+    states_of,
+)
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+import torchkeep as tk
+from torchkeep.folder import RunFolder
+from torchkeep.model.images import ConvNet
+
+Pair = frozenset[tuple[str, str]]
+
+# --- the cases: every pair of features that can be together is in one of them
+
+
+def pairs_of(case: Case) -> set[Pair]:
+    return set(map(frozenset, combinations(case.items(), 2)))
+
+
+def all_pairs() -> set[Pair]:
+    levels = [[(name, level) for level in found] for name, found in FEATURES.items()]
+    pairs = {frozenset({a, b}) for one, other in combinations(levels, 2) for a in one for b in other}
+    return pairs - APART
+
+
+def grown(pair: Pair, missing: set[Pair], rng: random.Random) -> Case:
+    """A case with this pair; each other feature, in an order that is drawn, at the level that covers most."""
+    case = dict(pair)
+    for name in rng.sample(sorted(FEATURES), len(FEATURES)):
+        if name not in case:
+            grown = [case | {name: level} for level in rng.sample(FEATURES[name], len(FEATURES[name]))]
+            case = max(
+                (one for one in grown if not pairs_of(one) & APART), key=lambda one: len(pairs_of(one) & missing)
+            )
+    return {name: case[name] for name in FEATURES}
+
+
+def covering(seed: int) -> list[Case]:
+    """Few cases that have every pair: each is the best of some that have a pair which is still missing."""
+    rng, missing, cases = random.Random(seed), all_pairs(), []
+    while missing:
+        pairs = rng.choices(sorted(missing, key=sorted), k=20)
+        best = max((grown(pair, missing, rng) for pair in pairs), key=lambda case: len(pairs_of(case) & missing))
+        missing -= pairs_of(best)
+        cases.append(best)
+    return cases
+
+
+CASES = covering(seed=0)
+
+
+def test_every_pair_that_can_be_together_is_in_a_case() -> None:
+    covered = set().union(*map(pairs_of, CASES))
+    assert covered == all_pairs()
+
+
+# --- stopped within every forward in turn, training or evaluating, within this process
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # processes begin quicker where what they import is there already
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchkeep.data.workers", "torchkeep.api", "torchkeep.data.images", "PIL.Image"])
+    multiprocessing.forkserver.ensure_running()
+    folder = tmp_path_factory.mktemp("exact")
+    draw_images(folder)
+    return folder
+
+
+def end_of(case: Case, place: Path, folder: Path) -> tuple[Any, ...]:
+    """Everything that a run ends with, when it goes on and nothing stops it."""
+    run, model = fit(case, place, folder, Stop("", None))
+    return model, run.sha256("best"), run.best, run.metrics, *all_of(folder)
+
+
+def check_common(states: dict[str, Any], other: dict[str, Any]) -> None:
+    """Whichever checkpoints of a step both have are equal, and there are some."""
+    common = states.keys() & other.keys()
+    assert common
+    assert {name: states[name] for name in common} == {name: other[name] for name in common}
+
+
+def text_of(case: Case) -> str:
+    return "-".join(level.replace(" ", "") for name, level in case.items() if level != FEATURES[name][0]) or "plain"
+
+
+@pytest.mark.parametrize("case", CASES, ids=text_of)
+def test_a_run_stopped_within_any_forward_ends_the_same(case: Case, place: Path, tmp_path: Path) -> None:
+    counted = Stop("", None)
+    fit(case, place, tmp_path / "whole", counted)
+    wanted, states = end_of(case, place, tmp_path / "whole"), states_of(tmp_path / "whole" / "checkpoints")
+    assert counted.calls == num_forwards(case)
+    for number in range(1, counted.calls + 1):
+        folder = tmp_path / f"stopped-{number}"
+        with pytest.raises(LEFT_BY[case["stop"]]):
+            fit(case, place, folder, Stop(case["stop"], number))
+        assert end_of(case, place, folder) == wanted, number
+        check_common(states, states_of(folder / "checkpoints"))
+
+
+def num_forwards(case: Case) -> int:
+    """Four batches to train on and one to evaluate, an epoch; two optimisers take two forwards a batch."""
+    return {"off": 3, "warmup": 3, "restore_best": 2}[case["stopping"]] * 5 * (1 + (case["optimisers"] == "two"))
+
+
+def test_a_model_ends_with_its_best_parameters_where_that_is_asked_for(place: Path, tmp_path: Path) -> None:
+    """So that the runs above are told apart by it: the best is not the last."""
+    case = {name: levels[0] for name, levels in FEATURES.items()} | {"stopping": "restore_best"}
+    run, model = fit(case, place, tmp_path / "run", Stop("", None))
+    assert model == run.sha256("best") != run.sha256("last")
+
+
+# --- kill -9, in processes of their own
+
+
+def exit_code(work: Callable[..., None], *given: Any) -> int | None:
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=given)
+    process.start()
+    process.join(120)
+    process.kill()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=text_of)
+def test_a_run_that_is_killed_ends_the_same(case: Case, place: Path, tmp_path: Path) -> None:
+    fit(case, place, tmp_path / "whole", Stop("", None))
+    wanted, number = end_of(case, place, tmp_path / "whole"), random.randint(1, num_forwards(case))
+    folder = tmp_path / f"killed-{number}"
+    assert exit_code(run_killed, case, place, folder, number) == -signal.SIGKILL
+    assert RunFolder(folder).status() == "killed"
+    assert exit_code(run_killed, case, place, folder, None) == 0
+    assert RunFolder(folder).status() == "finished"
+    assert end_of(case, place, folder) == wanted
+
+
+def test_a_loop_of_ones_own_that_is_killed_within_any_forward_ends_the_same(place: Path, tmp_path: Path) -> None:
+    assert exit_code(run_loop, place, tmp_path / "whole", None) == 0
+    states = states_of(tmp_path / "whole")
+    assert max(states) == "step-00000012"
+    for number in range(1, 16):
+        folder = tmp_path / f"killed-{number}"
+        assert exit_code(run_loop, place, folder, number) == -signal.SIGKILL
+        assert exit_code(run_loop, place, folder, None) == 0
+        resumed = states_of(folder)
+        assert max(resumed) == max(states)
+        check_common(states, resumed)
+    assert exit_code(run_loop, place, tmp_path / "beyond", 16) == 0
+
+
+# --- what only a recipe has
+
+
+def train_balanced(place: Path, folder: Path, stop: Stop) -> tuple[Any, ...]:
+    """What a recipe ends with whose samples are drawn so that each class comes as often, with a test split."""
+    recipe = {
+        "data": {"train": str(place / "whole"), "valid": str(place / "valid"), "test": str(place / "valid"),
+                 "image_size": 8, "augment": ["random_rotation", "random_erasing"], "weights": "balanced",
+                 "batch_size": 5, "workers": 2, "cache": "disk"},
+        "model": {"name": "convnet", "args": {"widths": [4, 8]}},
+        "optimizer": {"name": "sgd", "learning_rate": 0.05, "schedule": "cosine", "warmup": 2},
+        "train": {"epochs": 2, "threads": 1, "metrics": ["f1"], "label_smoothing": 0.1, "class_weights": [1.0, 2.0]},
+        "checkpoint": {"every": 3, "on_error": "leave"},
+        "monitor": {"views": []},
+    }  # fmt: skip
+
+    def before(module: nn.Module, *_: Any) -> None:
+        if isinstance(module, ConvNet):
+            stop(module)
+
+    with register_module_forward_pre_hook(before):
+        run = tk.train(recipe, run_dir=folder, resume="auto", quiet=True)
+    return run.sha256("best"), run.best, run.metrics, *all_of(folder)
+
+
+def test_a_recipe_stopped_within_any_forward_ends_the_same(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHKEEP_CACHE", str(tmp_path / "cache"))
+    counted = Stop("", None)
+    wanted = train_balanced(place, tmp_path / "whole", counted)
+    assert counted.calls == 2 * (4 + 1) + 1
+    for number in range(1, counted.calls + 1):
+        folder, how = tmp_path / f"stopped-{number}", ("failure", "at once", "interrupt")[number % 3]
+        with pytest.raises((StepError, KeyboardInterrupt)):  # Ctrl-C in the test split's forward ends at once
+            train_balanced(place, folder, Stop(how, number))
+        assert train_balanced(place, folder, Stop("", None)) == wanted, number

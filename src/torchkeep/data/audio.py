@@ -107,7 +107,7 @@ class Clips(LabelledData):
         """
         audio = self._audio([self.wave(index, key)], np.array([index]), key)[0]
         sample = {"audio": torch.from_numpy(audio), **self._label_of(index), "id": self.id_of(index)}
-        return self.augmentations.apply_callables(sample, key, index)
+        return self.augmentations.apply_callables(sample, key, index, self._where(index, key))
 
     def begin(self, indices: Indices, key: ChanceKey) -> Filling:
         """A batch whose log-mels are made at its end, in one transform; sample by sample where a callable is."""

@@ -16,7 +16,7 @@ from torch import Tensor, from_numpy
 
 from ..chance import ChanceKey, keyed_generator, keyed_uniform
 from ..contracts import Sample
-from ..errors import BadSampleError, DataError, SettingsError, nearest
+from ..errors import DataError, SettingsError, nearest
 from .colour import JITTER_DRAWS, color_jitter, gaussian_blur
 from .decode import Pixels
 from .geometry import (
@@ -32,7 +32,7 @@ from .geometry import (
     vertical_flip,
 )
 from .policies import RAND_DRAWS, TRIVIAL_DRAWS, rand_augment, trivial_augment
-from .samples import user_line
+from .samples import called
 
 UserAugmentation = Callable[[Sample, np.random.Generator], Sample]
 Augmentation = str | UserAugmentation
@@ -122,7 +122,7 @@ class Augmentations:
                 continue
             rng = keyed_generator(key, self._operation(position), sample_id)
             where = f"{rest.get('id', '')} (sample {sample_id}, epoch {key.epoch})".lstrip()
-            sample = _call(entry, _tensors(canvases) | rest, rng, where)
+            sample = called(entry, _tensors(canvases) | rest, rng, where)
             for name, canvas in canvases.items():
                 canvas.put(_pixels_of(sample, name, canvas.pixels().dtype, entry))
             rest = {name: value for name, value in sample.items() if name not in canvases}
@@ -138,15 +138,6 @@ class Augmentations:
 
 def _num_draws(entry: Augmentation) -> int:
     return _NAMED[entry][1] if isinstance(entry, str) else 0
-
-
-def _call(entry: UserAugmentation, sample: Sample, rng: np.random.Generator, where: str) -> Any:
-    try:
-        return entry(sample, rng)
-    except Exception as error:
-        raise BadSampleError(
-            "an augmentation failed", where=f"{where}{user_line(error)}", got=f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def _tensors(canvases: dict[str, Canvas]) -> Sample:

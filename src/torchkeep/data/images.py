@@ -241,12 +241,6 @@ class Images(LabelledData):
         plain.threads = True
         return plain
 
-    def like_files(self, files: Blobs) -> Images:
-        return Images(files, None, "inputs", like=self)
-
-    def like_table(self, path: Path, form: Form) -> Images:
-        return ImageTable(path, image=self.input_column, label=None, form=form, like=self)
-
     def fingerprint(self) -> str:
         """xxh3 of the images' names, sizes or bytes, of the masks', and of the labels."""
         return self._digest("", self._masks)

@@ -11,9 +11,9 @@ import torch
 
 from ..chance import ChanceKey, keyed_generator, keyed_uniform
 from ..contracts import Sample
-from ..errors import BadSampleError, DataError, SettingsError
+from ..errors import DataError, SettingsError
 from .dataset import Indices
-from .samples import user_line
+from .samples import called
 from .tokens import Tokenizer
 
 Augmentation = str | Callable[[Sample, np.random.Generator], Sample]
@@ -71,15 +71,9 @@ class TextAugmentations:
         Raises:  BadSampleError where one fails, DataError where it returns something else than a sample with tokens
         """
         for place, entry in enumerate(self.entries):
-            if not callable(entry):
-                continue
-            try:
-                sample = entry(sample, keyed_generator(key, f"text/callable/{place}", index))
-            except Exception as error:
-                raise BadSampleError(
-                    "an augmentation failed", where=f"{where}{user_line(error)}", got=f"{type(error).__name__}: {error}"
-                ) from error
-            _check_sample(sample, entry)
+            if callable(entry):
+                sample = called(entry, sample, keyed_generator(key, f"text/callable/{place}", index), where)
+                _check_sample(sample, entry)
         return sample
 
 

@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
-from ..errors import DataError, SettingsError
+from ..errors import BadSampleError, DataError, SettingsError
 
 _LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 TARGETS = ("label", "target", "labels", "targets", "y")
@@ -169,6 +169,19 @@ def package_of(name: str, extra: str, where: str = "") -> Any:
     except (ImportError, OSError) as error:  # soundfile brings a library of the system's, and says OSError
         raise SettingsError(
             f"this needs the package {name}", where=where or name, got=error, fix=f'pip install "torchkeep[{extra}]"'
+        ) from error
+
+
+def called(entry: Any, sample: Sample, rng: np.random.Generator, where: str) -> Any:
+    """What a user's augmentation makes of a sample.
+
+    Raises:  BadSampleError naming the sample and the user's own line where it fails
+    """
+    try:
+        return entry(sample, rng)
+    except Exception as error:
+        raise BadSampleError(
+            "an augmentation failed", where=f"{where}{user_line(error)}", got=f"{type(error).__name__}: {error}"
         ) from error
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..chance import ChanceKey, keyed_generator, keyed_uniform
 from ..contracts import Sample
 from ..errors import DataError, SettingsError, nearest
+from .samples import called
 
 F32 = np.ndarray[Any, np.dtype[np.float32]]
 Augmentation = str | Callable[[Sample, np.random.Generator], Sample]
@@ -136,7 +137,7 @@ class SoundAugmentations:
                 mel = spec_mask(mel, keyed_generator(key, operation, index))
         return mel
 
-    def apply_callables(self, sample: Sample, key: ChanceKey, index: int) -> Sample:
+    def apply_callables(self, sample: Sample, key: ChanceKey, index: int, where: str) -> Sample:
         """A user's own, each with its generator.
 
         Raises:  DataError where one returns something else than a sample with such a recording
@@ -144,7 +145,7 @@ class SoundAugmentations:
         for place, entry in enumerate(self.entries):
             if callable(entry):
                 kind = sample["audio"].shape[:-1]
-                sample = entry(sample, keyed_generator(key, _operation(f"callable/{place}"), index))
+                sample = called(entry, sample, keyed_generator(key, _operation(f"callable/{place}"), index), where)
                 _check_sample(sample, kind, entry)
         return sample
 

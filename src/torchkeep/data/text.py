@@ -259,14 +259,9 @@ class Texts(LabelledData):
 
     def _padded(self, tokens: list[np.ndarray[Any, Any]]) -> Batch:
         ids = padded(tokens, self.tokenizer.pad_id)
-        lengths = torch.tensor([len(row) for row in tokens])
-        return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
-
-    def like_files(self, files: SizedBlobs) -> Texts:
-        return Texts(TextFiles(files, "inputs"), None, "inputs", like=self)
-
-    def like_table(self, path: Path, form: Form) -> Texts:
-        return TextTable(path, text=self.input_column, target=None, form=form, like=self)
+        lengths = np.array([len(row) for row in tokens])
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        return {"input_ids": ids, "attention_mask": torch.from_numpy(mask)}
 
     def fingerprint(self) -> str:
         """xxh3 of the texts, the tokenizer, the longest length and the labels."""

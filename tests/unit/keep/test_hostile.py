@@ -212,7 +212,6 @@ TENSORS: dict[str, Forge] = {
     "a shape of nothing that is too large": tensors({"w": row(0, 0, (0, 1 << 62, 1 << 62))}, b""),
     "a shape below zero": tensors({"w": row(0, 16, (-2, -2))}, bytes(16)),
     "a shape beyond all": tensors(b'{"w":{"dtype":"F32","shape":[1e999],"data_offsets":[0,16]}}', bytes(16)),
-    "a shape of many axes": tensors({"w": row(0, 4, (1,) * 100_000)}, bytes(4)),
     "a type that is none": tensors({"w": row(0, 16, dtype="PICKLE")}, bytes(16)),
     "a type by a list": tensors({"w": row(0, 16, dtype=["F32"])}, bytes(16)),
     "bytes that belong to nothing": tensors({"w": row(0, 16)}, bytes(17)),
@@ -279,3 +278,4 @@ def test_a_huge_file_behind_a_small_manifest_is_not_read_for_ever(victim: Path) 
         file.truncate(1 << 40)  # sparse: a terabyte of nothing
     assert "bytes instead of" in find_damage(victim)
     assert_refused(victim)
+    next(victim.parent.glob("damaged-*/model.safetensors")).unlink()

@@ -98,6 +98,11 @@ class Mover:
             self._scale, self._shift = _scale_and_shift(schema.preprocess, device)
             self._wide_scale = self._scale / 257  # 65535 / 255: for images of 16 bits
 
+    @property
+    def copies(self) -> bool:
+        """Whether batches go to another device on a stream of their own."""
+        return self._copying is not None
+
     def begin(self, batch: Batch) -> Batch:
         """Leave out the rows that are none, and begin the way to a GPU: from pinned memory, on a stream of its own."""
         batch = valid_rows(batch)

@@ -114,7 +114,7 @@ class Prepared:
         self.mover = Mover(self.device, work.train.schema)
         for loader in (self.loader, self.valid):
             if loader is not None:
-                loader.transfer = self.mover.begin
+                self._send(loader)
         self._note_data()
         self.binding, self.objective = self._bind(batch)
         self.metrics = make_metrics(work.metrics if work.metrics is not None else train.metrics)
@@ -184,6 +184,11 @@ class Prepared:
             last=last, cache=self._cache(data), on_bad=on_bad or left_out, bad_fraction=feeding.bad_fraction,
         )  # fmt: skip
 
+    def _send(self, loader: Loader) -> None:
+        """Have batches begin their way before they are wanted, where there is one, or rows to be left out."""
+        if self.mover.copies or self.work.feeding.on_bad != "raise":
+            loader.transfer = self.mover.begin
+
     def _cache(self, data: KeyedDataset) -> Wanted:
         """Which cache: as it was when the run began, for it may change pixels; none where there are no images."""
         recorded = self.decisions.recorded("cache")
@@ -207,7 +212,7 @@ class Prepared:
     def measure(self, data: KeyedDataset, split: str) -> dict[str, float]:
         """Loss and metrics of the model as it is now, on any data of the same form."""
         loader = self.evaluation_loader(data)
-        loader.transfer = self.mover.begin
+        self._send(loader)
         try:
             return self.evaluation(loader, split)
         finally:

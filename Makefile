@@ -15,12 +15,13 @@ CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
 BENCHES = $(filter-out bench/measure.py bench/works.py bench/feeding.py,$(wildcard bench/*.py))
 
-.PHONY: help setup train test check bench format clean
+.PHONY: help setup train test torture check bench format clean
 .NOTPARALLEL:
 
 help:
 	@echo "make train    train the example recipe on real data (examples/digits)"
 	@echo "make test     run all tests"
+	@echo "make torture  kill runs, fill and break disks, cut the power; figures go to bench/results"
 	@echo "make check    ruff, format, strict types, the laws"
 	@echo "make bench    run every benchmark; results go to bench/results"
 	@echo "make format   put the source into the one form"
@@ -33,7 +34,10 @@ train: $(CORE)
 setup: $(DEV)
 
 test: $(DEV)
-	@$(BIN)/python -m pytest tests $(ARGS)
+	@$(BIN)/python -m pytest tests --ignore=tests/torture $(ARGS)
+
+torture: $(DEV)
+	@$(BIN)/python -m pytest tests/torture $(ARGS)
 
 check: $(DEV)
 	@$(BIN)/python -m ruff check .

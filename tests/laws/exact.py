@@ -132,13 +132,15 @@ class Net(nn.Module):
 def two_in_turn(model: nn.Module, batch: dict[str, Tensor], context: Any) -> dict[str, Any]:
     """A step of the user's own: the head learns from noisy images, then the body from clean ones."""
     image, label = batch["image"], batch["label"]
-    noise = torch.randn(image.shape, generator=context.generator("noise"))
-    noisy = F.cross_entropy(model(image + 0.3 * noise).float(), label)
-    context.backward(noisy, "head")
-    output = model(image).float()
-    loss = F.cross_entropy(output, label)
-    context.backward(loss, "body")
-    return {"loss": loss, "noisy": noisy, "output": output, "target": label}
+    logged: dict[str, Any] = {"target": label}
+    if context.training:
+        noise = torch.randn(image.shape, generator=context.generator("noise"))
+        logged["noisy"] = F.cross_entropy(model(image + 0.3 * noise).float(), label)
+        context.backward(logged["noisy"], "head")
+    logged["output"] = model(image).float()
+    logged["loss"] = F.cross_entropy(logged["output"], label)
+    context.backward(logged["loss"], "body")
+    return logged
 
 
 def two_optimisers(model: Any) -> dict[str, torch.optim.Optimizer]:
@@ -178,15 +180,14 @@ def fit(case: Case, place: Path, folder: Path, stop: Stop) -> tuple[tk.Run, str]
     model = Net(case)
     model.register_forward_pre_hook(stop)
     train, valid = images_of(case, place)
-    own: dict[str, Any] = {"learning_rate": 0.02}
+    own: dict[str, Any] = {"learning_rate": 0.02, "on_bad": "raise" if case["bad"] == "none" else case["bad"]}
     if case["optimisers"] == "two":
-        own = {"step": two_in_turn, "optimizer": two_optimisers}
-    torch.manual_seed(os.getpid())  # what the program draws by itself is not what the run goes on with
+        own |= {"step": two_in_turn, "optimizer": two_optimisers, "learning_rate": None}
+    torch.seed()  # what the program draws by itself is not what the run goes on with
     run = tk.fit(
         model, train, valid, metrics=["accuracy"], batch_size=_BATCH, schedule=case["schedule"],
         workers=0 if case["feed"] == "inline" else 2, cache="ram" if case["cache"] == "ram" else "off",
-        on_bad="raise" if case["bad"] == "none" else case["bad"], run_dir=folder, resume="auto", quiet=True,
-        settings=settings_of(case), **own,
+        run_dir=folder, resume="auto", quiet=True, settings=settings_of(case), **own,
     )  # fmt: skip
     return run, tensor_sha256(dict(model.state_dict()))
 

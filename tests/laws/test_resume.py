@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import all_of
 from PIL import Image
 from samples import Noisy
 from torch import Tensor, nn
@@ -25,22 +26,11 @@ from torch.utils.data import TensorDataset
 
 import torchkeep as tk
 from torchkeep.folder import RunFolder
-from torchkeep.tensors import pack, tensor_sha256
-from torchkeep.watch.records import canonical, next_attempt, read_records, read_scalars
+from torchkeep.watch.records import next_attempt, read_scalars
 
 X = torch.randn(45, 6, generator=torch.Generator().manual_seed(1))
 Y = (X[:, :3].sum(1) > X[:, 3:].sum(1)).long()
 VALID = TensorDataset(X[:20], Y[:20])
-
-
-def all_of(folder: Path) -> tuple[bytes, str, Any, str]:
-    """Everything that must be the same: the record, the last checkpoint's tensors and values, and why it ended."""
-    checkpoints = tk.Checkpoints(folder / "checkpoints")
-    saved = checkpoints.latest()
-    assert saved is not None
-    values, tensors = pack(checkpoints.load(saved))
-    ends = [row for row in read_records(folder / "records.jsonl") if row["kind"] == "run_end"]
-    return canonical(folder / "records.jsonl"), tensor_sha256(tensors), (saved.step, values), ends[-1]["reason"]
 
 
 # --- Ctrl-C at every step, within this process

@@ -186,7 +186,7 @@ class Processes:
         # forkserver: a fork of a process with threads may hang; spawn is what Windows has
         self._context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
         if sys.platform != "win32":
-            self._context.set_forkserver_preload(_PRELOADED)
+            self._context.set_forkserver_preload([*_PRELOADED, type(whole(source.dataset)).__module__])
         self.source = source
         self._packed, self._threads, self._share = packed(source), threads, share
         self._ahead = _TASKS_AHEAD * threads

@@ -57,6 +57,8 @@ def attempt(
         metrics, reason = _train(training, prepared)
     finally:
         with contextlib.suppress(Exception):
+            checkpoints.join()  # the folder's lock is not given back while a thread still writes there
+        with contextlib.suppress(Exception):
             recorder.close()
         if mirror is not None:
             copied.begin(folder.path)

@@ -61,7 +61,7 @@ def golden(number: int) -> tuple[Path, dict[str, Any]]:
 
 
 def test_every_format_up_to_todays_has_a_golden_one() -> None:
-    assert FORMATS == list(range(1, FORMAT + 1))
+    assert FORMATS[-1] == FORMAT
     assert sorted(path.name for path in GOLDEN.glob("format-*")) == [f"format-{number}" for number in FORMATS]
 
 

@@ -142,8 +142,8 @@ class DurableFolder:
 
     >>> with DurableFolder(Path("step-00000010")) as folder:
     ...     folder.write("model.safetensors", data)
-    The manifest, with each file's size and checksum, is written last. With ``replace`` one that is there goes, at the
-    very end: a kill between the two renames leaves neither, and never a mixture.
+    The manifest, with each file's size and checksum, is written last. With ``replace`` one that is there is hidden at
+    the very end, and goes when the new one is durable: after a kill between the two renames ``sweep`` brings it back.
     """
 
     def __init__(self, path: Path, replace: bool = False):
@@ -180,13 +180,24 @@ class DurableFolder:
             self.write("manifest.json", orjson.dumps({"format": 1, "files": files}, option=orjson.OPT_INDENT_2))
             with reported(self.path):
                 sync_folder(self.hidden)
-                if self.replace and self.path.exists():
-                    remove_folder(self.path)
-                os.rename(self.hidden, self.path)
-                sync_folder(self.path.parent)
+                self._appear()
         except BaseException:
             shutil.rmtree(self.hidden, ignore_errors=True)
             raise
+
+    def _appear(self) -> None:
+        old = self.path.with_name(f".{self.path.name}.{os.getpid()}.replaced")
+        if self.replace and self.path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(self.path, old)
+        try:
+            os.rename(self.hidden, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rename(old, self.path)
+            raise
+        sync_folder(self.path.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _blocks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
@@ -276,6 +287,9 @@ def sweep(folder: Path) -> None:
     """Remove what attempts that ended early have left hidden. Call with the folder's lock held."""
     for left in folder.glob(".*.tmp"):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    for left in folder.glob(".*.replaced"):
+        path = folder / left.name[1:].rsplit(".", 2)[0]
+        shutil.rmtree(left, ignore_errors=True) if path.exists() else os.rename(left, path)
     for left in folder.glob(".*.retired"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -425,6 +439,7 @@ class AppendFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._refused: OSError | None = None
         with reported(path):
             is_new = not path.exists()
             self._file = path.open("ab", buffering=0)
@@ -460,9 +475,18 @@ class AppendFile:
                 raise
 
     def sync(self) -> None:
-        """Wait until the disk has every line: they survive a power cut from here on."""
+        """Wait until the disk has every line: they survive a power cut from here on.
+
+        Raises:  StorageError where the disk refuses, and from then on: another sync would say that all is well
+        """
         with reported(self.path):
-            sync_file(self._file)
+            if self._refused is not None:
+                raise self._refused
+            try:
+                sync_file(self._file)
+            except OSError as error:
+                self._refused = error
+                raise
 
     def close(self) -> None:
         self._file.close()

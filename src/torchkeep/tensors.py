@@ -106,9 +106,19 @@ def _pack_dict(value: dict[Any, Any], path: str, tensors: _Tensors) -> Json:
 
 
 def unpack(data: Json, tensors: TensorTree) -> Any:
-    """Join what ``pack`` parted."""
+    """Join what ``pack`` parted.
+
+    Raises:  CheckpointError where it is nothing that ``pack`` makes
+    """
+    try:
+        return _unpacked(data, tensors)
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError("a state is not of the form that it is written in", got=error) from None
+
+
+def _unpacked(data: Json, tensors: TensorTree) -> Any:
     if isinstance(data, list):
-        return [unpack(item, tensors) for item in data]
+        return [_unpacked(item, tensors) for item in data]
     if not isinstance(data, dict):
         return data
     if _TENSOR in data and len(data) <= 2:
@@ -116,12 +126,12 @@ def unpack(data: Json, tensors: TensorTree) -> Any:
     if len(data) == 1:
         key, value = next(iter(data.items()))
         if key == _INT_KEYS:
-            return {int(name): unpack(item, tensors) for name, item in value.items()}
+            return {int(name): _unpacked(item, tensors) for name, item in value.items()}
         if key == _TUPLE:
-            return tuple(unpack(item, tensors) for item in value)
+            return tuple(_unpacked(item, tensors) for item in value)
         if key == _FLOAT:
             return float(value)
-    return {key: unpack(value, tensors) for key, value in data.items()}
+    return {key: _unpacked(value, tensors) for key, value in data.items()}
 
 
 def _tensor_of(leaf: Json, tensors: TensorTree) -> Tensor:
@@ -134,6 +144,8 @@ def _tensor_of(leaf: Json, tensors: TensorTree) -> Tensor:
     kind = getattr(torch, text, None)
     if not isinstance(kind, torch.dtype):
         raise CheckpointError("a state names a type that torch does not have", where=f"tensor {name!r}", got=text)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"a shape of {shape}")
     size = math.prod(shape) * kind.itemsize
     return tensors[name][:size].clone().view(kind).view(shape)
 
@@ -149,6 +161,8 @@ def read_json(path: Path) -> Json:
     Raises:  CheckpointError naming the file
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no file")  # a device or a pipe would never end
         data = _strict(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
@@ -167,7 +181,7 @@ def read_json(path: Path) -> Json:
 
 def _strict(text: bytes) -> Json:
     """Raises:  ValueError for what is no strict JSON"""
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_refused)
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_refused, parse_float=_finite)
 
 
 def _once_each(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -177,7 +191,12 @@ def _once_each(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return made
 
 
-def _refused(text: str) -> Json:
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refused(text)
+
+
+def _refused(text: str) -> Any:
     raise ValueError(f"{text}, which is no JSON")
 
 

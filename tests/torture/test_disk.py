@@ -100,6 +100,7 @@ def test_a_disk_that_fails_at_each_call_of_a_run(tmp_path: Path, note: Note) -> 
     write_course(tmp_path)
     assert place.run_whole(begin("whole")).code == 0
     wanted, ended_so, number = end_of(tmp_path / "whole"), Counter[str](), 0
+    record, late = tmp_path / "hurt-run" / "records.jsonl", list[int]()
     while True:
         number += 1
         place.acks.unlink(missing_ok=True)
@@ -112,14 +113,21 @@ def test_a_disk_that_fails_at_each_call_of_a_run(tmp_path: Path, note: Note) -> 
             assert_said(ended)
             ended_so["message"] += 1
         else:
-            # outside the run lies what can be made again; what is put out of sight goes at the next save
-            is_silent = "/hurt-run" not in ended.hurt or ended.hurt.endswith(".retired")
-            assert is_silent or "could not be written" in ended.said, f"{ended.hurt}: {ended.said}"
+            # outside the run lies what can be made again; what is put out of sight goes at the next save; lines of the
+            # record that were not taken are written again
+            call, _, path = ended.hurt.partition(" ")
+            is_silent = "/hurt-run" not in path or path.endswith(".retired") or (call, path) == ("write", str(record))
+            if (call, path) == ("fsync", str(record)):
+                late.append(number)
+            else:
+                assert is_silent or "could not be written" in ended.said, f"{ended.hurt}: {ended.said}"
             ended_so["went on"] += 1
         resumed = place.run(go_on(tmp_path, "hurt-run"))
         assert resumed.code == 0, f"after EIO at {ended.hurt}: {ended.said}\n{resumed.said}"
         assert newest < 0 or f"resumed from step {newest}," in resumed.said
         assert end_of(run_in(tmp_path, "hurt-run")) == wanted, ended.hurt
+    # the last call, when the record is closed and its end was synced before; runs differ in how often lines are written
+    assert min(late) > number - 4
     assert ended_so["message"] > 10
     note(errors=ended_so.total(), ended=dict(ended_so), same_sha256=ended_so.total(), lost_acknowledged=0)
 

@@ -41,6 +41,7 @@ from .stopping import Mode, better_mode
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
 _MOST_HELD_BYTES = 64 << 20
+_MOST_MANIFEST_BYTES = 1 << 20  # one has a few names: with a million someone wants to keep a reader busy
 _NAME = re.compile(r"step-(\d{8,})")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 
@@ -311,15 +312,14 @@ class Checkpoints:
 
     def rows(self) -> list[Row]:
         """What there is, oldest first, each read and checked: without the module's code, and nothing is changed."""
-        return [_row_of(path) for path in self.steps()]
+        return [row for path in self.steps() if (row := _row_of(path))]
 
     def _saved(self, path: Path) -> Saved:
-        is_exact = bool(_migrated(read_json(path / _STATE), path)["exact"])
-        return Saved(path, _step_of(path), self._metrics(path), is_exact)
+        return Saved(path, _step_of(path), self._metrics(path), _head_of(path)["exact"])
 
     def _metrics(self, path: Path) -> dict[str, float]:
         if path not in self._whole:
-            self._whole[path] = unpack(read_json(path / _STATE).get("metrics", {}), {})
+            self._whole[path] = _head_of(path)["metrics"]
         return self._whole[path]
 
     def _by_merit(self) -> list[Path]:
@@ -372,16 +372,22 @@ class Row:
     damage: str
 
 
-def _row_of(path: Path) -> Row:
+def _row_of(path: Path) -> Row | None:
+    """None for one that was retired meanwhile by the process that trains."""
     damage = find_damage(path)
-    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     try:
-        head = _migrated(read_json(path / _STATE), path)
-        metrics, epoch = unpack(head["metrics"], {}), (head["state"].get("clock") or {}).get("epoch")
+        size = sum(file.lstat().st_size for file in path.glob("*"))  # none where a file is in the folder's place
+        modified = path.lstat().st_mtime
+        head = _head_of(path)
+    except FileNotFoundError:
+        return None
     except CheckpointError as error:
-        return Row(path.name, _step_of(path), None, {}, size, path.stat().st_mtime, False, damage or error.what)
-    created = head["created"] or path.stat().st_mtime
-    return Row(path.name, _step_of(path), epoch, metrics, size, created, head["exact"], damage)
+        row = Row(path.name, _step_of(path), None, {}, size, modified, False, damage or error.what)
+        return row if path.exists() else None
+    clock = head["state"].get("clock")
+    epoch = clock.get("epoch") if isinstance(clock, dict) else None
+    return Row(path.name, _step_of(path), epoch, head["metrics"], size, head["created"] or modified, head["exact"],
+               damage)  # fmt: skip
 
 
 def _read_whole(path: Path, part: str | None) -> tuple[Json, dict[str, np.ndarray[Any, Any]]]:
@@ -393,15 +399,17 @@ def _read_whole(path: Path, part: str | None) -> tuple[Json, dict[str, np.ndarra
     damage = _damage_of(path, _STATE, files)
     if damage:
         raise _damaged(path, damage)
-    head = _migrated(read_json(path / _STATE), path)
-    wanted = [head["files"].get(part)] if part is not None else list(head["files"].values())
+    head = _head_of(path)
+    wanted = {file for of, file in head["files"].items() if part in (None, of)}
+    if part is None and {f"{file}.safetensors" for file in wanted} != files.keys() - {_STATE}:
+        raise _damaged(path, f"{_MANIFEST} and {_STATE} name other files")
     held = {}
-    for file in {name for name in wanted if name}:
+    for file in wanted:
         name = f"{file}.safetensors"
-        if name not in files or (path / name).is_symlink() or not (path / name).is_file():
-            raise _damaged(path, f"{name} is missing")
+        if damage := _misfit_of(path, name, files):
+            raise _damaged(path, damage)
         held[file], found = read_with_receipt(path / name)
-        if (found.size_bytes, found.checksum) != (files[name].size_bytes, files[name].checksum):
+        if found != files[name]:
             raise _damaged(path, f"{name} has other content than was written")
     return head, held
 
@@ -411,12 +419,35 @@ def _part_of(head: Json, files: dict[str, np.ndarray[Any, Any]], part: str) -> A
     return unpack(head["state"][part], read_safetensors(files[file]) if file else {})
 
 
+_HELD = {"state": dict, "files": dict, "metrics": dict, "exact": bool, "created": float | None}
+_HELD_WITHIN = {"files": str, "metrics": int | float}
+
+
+def _head_of(path: Path) -> Json:
+    """state.json in today's format, as every reader relies on it, with its metrics unpacked.
+
+    Raises:  CheckpointError where it is another, whatever its checksum
+    """
+    head = _migrated(read_json(path / _STATE), path)
+    head["metrics"] = unpack(head.get("metrics"), {})
+    wrong = [key for key, kind in _HELD.items() if not isinstance(head.get(key), kind)]
+    wrong = wrong or [
+        key for key, kind in _HELD_WITHIN.items() if not all(isinstance(value, kind) for value in head[key].values())
+    ]
+    if wrong or not head["files"].keys() <= head["state"].keys():
+        raise CheckpointError(
+            "this is not the state of a checkpoint", where=path / _STATE,
+            got=f"{', '.join(wrong) or 'files'} of another form", expected="what tk.Checkpoints writes",
+        )  # fmt: skip
+    return head
+
+
 def _migrated(head: Json, path: Path) -> Json:
     """What state.json says, in today's format.
 
     Raises:  CheckpointError for a format that is not known
     """
-    while isinstance(head, dict) and head.get("format") in _MIGRATIONS:
+    while isinstance(head, dict) and isinstance(head.get("format"), int) and head["format"] in _MIGRATIONS:
         head = _MIGRATIONS[head["format"]](head)
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         got = head.get("format") if isinstance(head, dict) else type(head).__name__
@@ -432,8 +463,15 @@ _MIGRATIONS: dict[int, Callable[[Json], Json]] = {1: lambda head: {**head, "form
 
 def _manifest_of(path: Path) -> dict[str, Receipt]:
     """Raises:  DamagedError where it is none"""
+    file = path / _MANIFEST
+    if file.is_symlink() or not file.is_file():
+        raise _damaged(path, f"{_MANIFEST} is missing")
+    if file.stat().st_size > _MOST_MANIFEST_BYTES:
+        raise _damaged(path, f"{_MANIFEST} has {file.stat().st_size:,} bytes")
     try:
-        manifest = read_json(path / _MANIFEST)
+        manifest = read_json(file)
+        if manifest["format"] != 1:
+            raise ValueError(f"format {manifest['format']}")
         files = {name: Receipt(int(row["size_bytes"]), row["xxh3_128"]) for name, row in manifest["files"].items()}
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"its manifest cannot be read: {str(error).splitlines()[0]}") from None
@@ -461,10 +499,15 @@ def find_damage(path: Path) -> str:
 
 
 def _damage_of(path: Path, name: str, files: dict[str, Receipt]) -> str:
-    file, expected = path / name, files[name]
-    if file.is_symlink() or not file.is_file():
+    damage = _misfit_of(path, name, files)
+    same = damage or receipt_of(path / name) == files[name]
+    return damage if same else f"{name} has other content than was written"
+
+
+def _misfit_of(path: Path, name: str, files: dict[str, Receipt]) -> str:
+    """What is wrong with a file before it is read, however large it is."""
+    file = path / name
+    if name not in files or file.is_symlink() or not file.is_file():
         return f"{name} is missing"
-    found = receipt_of(file)
-    if found.size_bytes != expected.size_bytes:
-        return f"{name} has {found.size_bytes:,} bytes instead of {expected.size_bytes:,}"
-    return "" if found.checksum == expected.checksum else f"{name} has other content than was written"
+    size = file.stat().st_size
+    return "" if size == files[name].size_bytes else f"{name} has {size:,} bytes instead of {files[name].size_bytes:,}"

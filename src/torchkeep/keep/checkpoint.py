@@ -429,6 +429,7 @@ def _head_of(path: Path) -> Json:
     Raises:  CheckpointError where it is another, whatever its checksum
     """
     head = _migrated(read_json(path / _STATE), path)
+    _check_name(path, head)
     head["metrics"] = unpack(head.get("metrics"), {})
     wrong = [key for key, kind in _HELD.items() if not isinstance(head.get(key), kind)]
     wrong = wrong or [
@@ -440,6 +441,13 @@ def _head_of(path: Path) -> Json:
             got=f"{', '.join(wrong) or 'files'} of another form", expected="what tk.Checkpoints writes",
         )  # fmt: skip
     return head
+
+
+def _check_name(path: Path, head: Json) -> None:
+    """Raises:  DamagedError where a folder has the name of another step than it holds"""
+    step = head.get("step") if isinstance(head, dict) else None
+    if _NAME.fullmatch(path.name) and step != _step_of(path):
+        raise _damaged(path, f"it holds step {step}")
 
 
 def _migrated(head: Json, path: Path) -> Json:
@@ -491,8 +499,11 @@ def find_damage(path: Path) -> str:
     """What is wrong with a checkpoint's files; empty where every size and checksum is as it was written."""
     try:
         files = _manifest_of(path)
-        return next((damage for name in files if (damage := _damage_of(path, name, files))), "")
-    except DamagedError as error:
+        damage = next((damage for name in files if (damage := _damage_of(path, name, files))), "")
+        if not damage:
+            _check_name(path, read_json(path / _STATE))
+        return damage
+    except CheckpointError as error:
         return error.got
     except OSError as error:
         return str(error)

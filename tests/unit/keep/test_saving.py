@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -220,3 +221,18 @@ def test_one_of_the_same_step_stays_where_its_successor_cannot_appear(
     with pytest.raises(StorageError):
         checkpoints.save(1, state_of(2))
     assert value_of(checkpoints, 1) == 1
+
+
+def test_a_copy_under_the_name_of_another_step_is_found(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(1, {"model": {"w": torch.ones(2)}})
+    shutil.copytree(path, tmp_path / "step-00000002")
+    assert find_damage(tmp_path / "step-00000002") == "it holds step 1"
+    saved = Checkpoints(tmp_path).latest()
+    assert saved is not None
+    assert saved.step == 1
+    assert [row.damage for row in checkpoints.rows()] == ["", "it holds step 1"]
+    taken = Checkpoints(tmp_path).take_up()
+    assert taken is not None
+    assert taken[0].step == 1
+    assert (tmp_path / "damaged-step-00000002-1").is_dir()

@@ -429,7 +429,9 @@ def _head_of(path: Path) -> Json:
     Raises:  CheckpointError where it is another, whatever its checksum
     """
     head = _migrated(read_json(path / _STATE), path)
-    _check_name(path, head)
+    misnaming = _misnaming_of(path)
+    if misnaming:
+        raise _damaged(path, misnaming)
     head["metrics"] = unpack(head.get("metrics"), {})
     wrong = [key for key, kind in _HELD.items() if not isinstance(head.get(key), kind)]
     wrong = wrong or [
@@ -443,11 +445,15 @@ def _head_of(path: Path) -> Json:
     return head
 
 
-def _check_name(path: Path, head: Json) -> None:
-    """Raises:  DamagedError where a folder has the name of another step than it holds"""
+def _misnaming_of(path: Path) -> str:
+    """Whether a folder has the name of another step than it holds; a state of another form is said by who reads it."""
+    try:
+        head = read_json(path / _STATE)
+    except CheckpointError:
+        return ""
     step = head.get("step") if isinstance(head, dict) else None
-    if _NAME.fullmatch(path.name) and step != _step_of(path):
-        raise _damaged(path, f"it holds step {step}")
+    is_other = _NAME.fullmatch(path.name) and isinstance(step, int) and step != _step_of(path)
+    return f"it holds step {step}" if is_other else ""
 
 
 def _migrated(head: Json, path: Path) -> Json:
@@ -500,10 +506,8 @@ def find_damage(path: Path) -> str:
     try:
         files = _manifest_of(path)
         damage = next((damage for name in files if (damage := _damage_of(path, name, files))), "")
-        if not damage:
-            _check_name(path, read_json(path / _STATE))
-        return damage
-    except CheckpointError as error:
+        return damage or _misnaming_of(path)
+    except DamagedError as error:
         return error.got
     except OSError as error:
         return str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -230,11 +231,12 @@ def test_a_thousand_epochs_of_a_tiny_set(root: Path, backend: Any) -> None:
     data = tk.Part(folder(root), np.arange(3))
     with closing(tk.Loader(data, 2, shuffle=True, workers=2, backend=backend)) as loader:
         first = sorted(int(i) for batch in loader for i in batch["index"])
+        gc.collect()  # what other tests have left may be closed meanwhile
         before = open_files()
         for _ in range(1000):
             assert sorted(int(i) for batch in loader for i in batch["index"]) == first
         assert loader.epoch == 1001
-        assert open_files() == before
+        assert open_files() <= before
 
 
 @pytest.mark.parametrize("backend", KINDS)

@@ -120,16 +120,14 @@ def make_folder(folder: Path) -> None:
             sync_folder(folder.parent)
 
 
-def write_durable(path: Path, data: bytes) -> Receipt:
-    """Replace ``path`` by ``data``, or leave it as it was.
-
-    Raises:  StorageError where the disk refuses; the old content then stands
-    """
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A hidden file that takes the place of ``path`` once all is written and synced, or leaves it as it was."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with reported(path):
         try:
             with hidden.open("wb") as file:
-                file.write(data)
+                yield file
                 sync_file(file)
             os.replace(hidden, path)
             sync_folder(path.parent)
@@ -137,6 +135,15 @@ def write_durable(path: Path, data: bytes) -> Receipt:
             with contextlib.suppress(OSError):
                 hidden.unlink()
             raise
+
+
+def write_durable(path: Path, data: bytes) -> Receipt:
+    """Replace ``path`` by ``data``, or leave it as it was.
+
+    Raises:  StorageError where the disk refuses; the old content then stands
+    """
+    with _replacing(path) as file:
+        file.write(data)
     return Receipt(len(data), checksum(data))
 
 
@@ -251,18 +258,8 @@ def copy_file(source: Path, target: Path) -> None:
 
     Raises:  StorageError where the disk refuses
     """
-    hidden = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with reported(target):
-        try:
-            with source.open("rb") as taken, hidden.open("wb") as file:
-                shutil.copyfileobj(taken, file, _CHUNK_BYTES)
-                sync_file(file)
-            os.replace(hidden, target)
-            sync_folder(target.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                hidden.unlink()
-            raise
+    with _replacing(target) as file, source.open("rb") as taken:
+        shutil.copyfileobj(taken, file, _CHUNK_BYTES)
 
 
 def copy_folder(source: Path, target: Path) -> None:

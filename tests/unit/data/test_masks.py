@@ -24,6 +24,7 @@ from torchkeep.data.loader import Loader
 from torchkeep.errors import BadSampleError, DataError
 
 GEOMETRY = tuple(name for name in NAMES if name.endswith(("crop", "flip", "shift", "rotation", "affine")))
+FIVE = tuple(name for name in GEOMETRY if name != "random_affine")
 POLICIES = ("rand_augment", "trivial_augment")
 CLASSES = tuple(f"c{number}" for number in range(255))
 # 5 rows down or 8 columns right are 40 more: whatever moves the one and not the other is seen
@@ -50,7 +51,7 @@ def opened(root: Path, classes: Sequence[str] = CLASSES, **options: Any) -> Imag
 
 
 @pytest.mark.parametrize("size", [None, 13, 18, 40])
-@pytest.mark.parametrize("augment", [(), *((name,) for name in GEOMETRY), GEOMETRY, GEOMETRY[::-1]])
+@pytest.mark.parametrize("augment", [(), *((name,) for name in GEOMETRY), FIVE, FIVE[::-1], GEOMETRY, GEOMETRY[::-1]])
 def test_a_mask_moves_as_its_image_does(tmp_path: Path, size: int | None, augment: tuple[str, ...]) -> None:
     """The image's pixels are its mask's numbers: between two pixels the image is a mean, and the mask the nearer."""
     data = opened(folders(tmp_path, [RAMP, RAMP[::-1], RAMP[:, ::-1], 255 - RAMP // 2 - 1]), image_size=size,
@@ -64,7 +65,8 @@ def test_a_mask_moves_as_its_image_does(tmp_path: Path, size: int | None, augmen
         away = (batch["image"][:, 0].long() - batch["mask"]).abs()
         if set(augment) <= {"horizontal_flip", "vertical_flip", "random_shift"} and size in (None, 18):
             assert away.max() == 0
-        assert away.max() <= 24  # of 237: three pixels down, where several operations each take the nearest
+        # of 237: two and a half pixels down, where several operations each take the nearest; a sixth adds half a pixel
+        assert away.max() <= (24 if len(augment) > len(FIVE) else 20)
         assert away.float().mean() < 5
         for row, index in enumerate(indices.tolist()):
             alone = data.read(index, ChanceKey(4, epoch))

@@ -19,9 +19,10 @@ from ..tensors import tensor_sha256
 from ..watch.console import Console, format_number, format_seconds
 from ..watch.records import Recorder, last_step, next_attempt
 from ..watch.tensorboard import TensorBoardView
-from .loop import Signals, Training, load_model
+from .loop import Training, load_model
 from .prepare import Prepared
 from .resuming import Changes
+from .signals import Signals
 
 
 def attempt(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -38,74 +36,13 @@ from .evaluate import Evaluation
 from .metrics import Adapted, Metric
 from .optim import Average
 from .recipe import RunSettings
-from .step import Stepper, StepResult
+from .signals import Signals
+from .step import Stepper
+from .window import Window, samples_text
 
 _TICK_S = 0.25  # between two looks at the bar and the clock on the wall
 _RATE_EVERY_S = 2.0
 _SHORT_EPOCH_S = 10.0
-
-
-@dataclass
-class Window:
-    """The steps since the last log point: their losses, still on the device, and their samples."""
-
-    values: list[float] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    extras: dict[str, list[float]] = field(default_factory=dict)
-    _losses: list[Tensor] = field(default_factory=list)
-    _extras: list[dict[str, Tensor]] = field(default_factory=list)
-    _indices: list[list[Tensor]] = field(default_factory=list)
-
-    def add(self, result: StepResult, indices: list[Tensor]) -> None:
-        self._losses.append(result.loss)
-        self._indices.append(indices)
-        self.counts.append(result.samples)
-        if result.extras:
-            self._extras.append(result.extras)
-
-    def read(self, step: int) -> None:
-        """Bring the losses from the device: the only wait between two log points.
-
-        Raises:  NonFiniteLossError naming the first step whose loss is not a number, and its samples
-        """
-        if not self._losses:
-            return
-        values = torch.stack(self._losses).cpu().double().tolist()
-        for number, value in enumerate(values):
-            if not math.isfinite(value):
-                bad = step - len(values) + number + 1
-                raise _non_finite(value, bad, self._indices[number])
-        self.values += values
-        for name in dict.fromkeys(name for row in self._extras for name in row):
-            read = torch.stack([row[name].float() for row in self._extras if name in row]).cpu().tolist()
-            self.extras.setdefault(name, []).extend(read)
-        self._losses, self._extras, self._indices = [], [], []
-
-    def sums(self) -> tuple[float, int]:
-        """The loss summed over samples, and the samples. The same whenever the values were read."""
-        return sum(v * n for v, n in zip(self.values, self.counts, strict=True)), sum(self.counts)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"values": list(self.values), "counts": list(self.counts), "extras": dict(self.extras)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values, self.counts, self.extras = state["values"], state["counts"], state["extras"]
-
-
-def _samples_text(indices: list[Tensor]) -> str:
-    ids = [number for index in indices for number in index.tolist()]
-    return "samples " + ", ".join(map(str, ids[:16])) + (f" … ({len(ids)} in all)" if len(ids) > 16 else "")
-
-
-def _non_finite(value: float, step: int, indices: list[Tensor]) -> NonFiniteLossError:
-    return NonFiniteLossError(
-        f"the loss became {value}",
-        where=f"step {step}",
-        got=_samples_text(indices),
-        expected="a finite loss",
-        fix="a lower optimizer.learning_rate, train.clip_norm = 1.0, or a look at these samples; "
-        "the last good checkpoint stays",
-    )
 
 
 @dataclass
@@ -116,29 +53,6 @@ class Best:
     epoch: int = 0
     value: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-
-
-class Signals:
-    """Ctrl-C and SIGTERM ask for an end at the next step; a second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.asked: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
 
 
 class _StopReached(Exception):  # noqa: N818 - nothing went wrong
@@ -252,8 +166,8 @@ class Training:
                 result = stepper(batches)
             except Exception as error:
                 if isinstance(error, LabelError) and len(indices) == 1:
-                    error.where = f"step {clock.step + 1}, {_samples_text([indices[0][error.rows]])}"
-                error.add_note(f"in step {clock.step + 1} of epoch {clock.epoch + 1}, {_samples_text(indices)}")
+                    error.where = f"step {clock.step + 1}, {samples_text([indices[0][error.rows]])}"
+                error.add_note(f"in step {clock.step + 1} of epoch {clock.epoch + 1}, {samples_text(indices)}")
                 raise
             clock.step += 1
             clock.samples += result.samples
@@ -438,7 +352,7 @@ class Training:
         if floating and not bool(torch.stack(torch._foreach_norm(floating)).isfinite().all()):
             raise NonFiniteLossError(
                 "the update left parameters that are not finite", where=f"step {self.clock.step}",
-                got=_samples_text(self._last_indices), expected="finite parameters",
+                got=samples_text(self._last_indices), expected="finite parameters",
                 fix="a lower optimizer.learning_rate or train.clip_norm = 1.0; the last good checkpoint stays",
             )  # fmt: skip
 

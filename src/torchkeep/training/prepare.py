@@ -32,12 +32,13 @@ from .binding import Binding, Inputs, Keys, batch_text
 from .decisions import Decisions
 from .device import Mover, autocast, choose_device, choose_precision, choose_threads, make_scaler
 from .evaluate import Evaluation
-from .loop import Signals, Training
+from .loop import Training
 from .metrics import Accuracy, Adapted, ClassCounts, Metric, TopK, make_metrics
 from .mixing import Mixing, check_unmixed, make_mixing
 from .objective import Objective, check_fit, choose_objective, prediction_of
 from .optim import Average, Optimizers, can_fuse, make_optimizer, own_optimizers, rate_factor
 from .recipe import RunSettings
+from .signals import Signals
 from .step import Stepper, UserStep
 
 _LOG_EVERY = 50

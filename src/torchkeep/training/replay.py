@@ -16,8 +16,8 @@ from ..keep.checkpoint import Checkpoints, Row
 from ..tensors import pack
 from ..watch.console import Console
 from ..watch.records import Recorder
-from .loop import Signals
 from .prepare import Prepared
+from .signals import Signals
 
 
 @dataclass(frozen=True)

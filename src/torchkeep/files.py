@@ -7,6 +7,7 @@ synced. A failed sync marks the page clean in the kernel, so it is never retried
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import shutil
@@ -16,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -25,9 +27,13 @@ import xxhash
 
 from .errors import RunFolderError, StorageError
 
+LOCK = ".lock"
+
 if TYPE_CHECKING:
     import numpy as np
 
+_READERS = 2
+_READS_ANYWHERE = hasattr(os, "preadv")
 _CHUNK_BYTES = 8 << 20  # hashed and written in turn: less is given back to other threads too often to be fast
 _SMALL_BYTES = 1 << 16
 _TELLS_OPENINGS_APART = sys.platform == "linux"
@@ -69,10 +75,33 @@ def read_with_receipt(path: Path) -> tuple[np.ndarray[Any, Any], Receipt]:
         size = os.fstat(file.fileno()).st_size
         # no np.empty: the huge pages that it asks for are many times slower where a virtual machine has none ready
         data = np.frombuffer(mmap.mmap(-1, size) if size else b"", np.uint8)
-        while done < len(data) and (count := file.readinto(data[done : done + _CHUNK_BYTES].data)):
+        for count in _read_counts(file, data):
             digest.update(data[done : done + count].data)
             done += count
     return data[:done], Receipt(done, digest.hexdigest())
+
+
+def _read_counts(file: FileIO, data: np.ndarray[Any, Any]) -> Iterator[int]:
+    """Fill memory from a file; the bytes of each piece that has arrived, in order."""
+    places = range(0, len(data), _CHUNK_BYTES)
+    pieces = [data[place : place + _CHUNK_BYTES].data for place in places]
+    if len(places) < _READERS or not _READS_ANYWHERE:
+        yield from map(_read_at, itertools.repeat(file), pieces, places)
+        return
+    from concurrent.futures import ThreadPoolExecutor  # imports logging, which no verb needs to begin
+
+    # new memory costs more than the copy into it: one reader and the hashing in turn leave a second core idle
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(_read_at, itertools.repeat(file), pieces, places)
+
+
+def _read_at(file: FileIO, memory: memoryview, place: int) -> int:
+    done, count = 0, 1
+    while done < len(memory) and count:
+        rest = memory[done:]
+        count = os.preadv(file.fileno(), [rest], place + done) if _READS_ANYWHERE else file.readinto(rest)
+        done += count
+    return done
 
 
 @contextlib.contextmanager
@@ -292,12 +321,21 @@ def remove_folder(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what attempts that ended early have left hidden. Call with the folder's lock held."""
+    """Remove what attempts that ended early have left hidden. Call with the folder's lock held.
+
+    Raises:  StorageError where a folder that was about to be replaced cannot be given its name back
+    """
     for left in folder.glob(".*.tmp"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)
     for left in folder.glob(".*.replaced"):
         path = folder / left.name[1:].rsplit(".", 2)[0]
-        shutil.rmtree(left, ignore_errors=True) if path.exists() else os.rename(left, path)
+        if path.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with reported(path):
+                os.rename(left, path)
     for left in folder.glob(".*.retired"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -307,31 +345,20 @@ def set_aside(path: Path) -> Path:
     number = 1
     while (target := path.with_name(f"damaged-{path.name}-{number}")).exists():
         number += 1
-    os.rename(path, target)
+    with reported(target):
+        os.rename(path, target)
     return target
 
 
-def new_folder(parent: Path, name: str) -> Path:
-    """Make ``parent/name``, or ``name-2``, ``name-3`` … where it exists: never a second user of one folder."""
-    with reported(parent / name):
-        parent.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while True:
-            folder = parent / (name if number == 1 else f"{name}-{number}")
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                number += 1
-                continue
-            sync_folder(parent)
-            return folder
-
-
 class FolderLock:
-    """One process at a time in a folder. The system releases it when the process dies, however it dies."""
+    """One process at a time in a folder. The system releases it when the process dies, however it dies.
+
+    ``left_by`` names a process that had the lock before and did not give it back: killed, or cut off with its machine.
+    """
 
     def __init__(self, folder: Path):
-        self.path = folder / ".lock"
+        self.path = folder / LOCK
+        self.left_by = ""
         self._file: IO[str] | None = None
 
     def acquire(self) -> FolderLock:
@@ -341,23 +368,37 @@ class FolderLock:
         """
         with reported(self.path):
             file = self.path.open("a+", encoding="utf-8")
-        if not _try_lock(file):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+        is_taken = _try_lock(file)
+        file.seek(0)
+        said = file.read(200).strip()
+        if not is_taken:
             file.close()
             raise RunFolderError(
-                "this run's folder is in use", where=self.path.parent, got=f"held by {holder}",
+                "this run's folder is in use", where=self.path.parent, got=f"held by {said or 'another process'}",
                 expected="no running process on it", fix="wait for that run to end, or give another --run-dir",
             )  # fmt: skip
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        self.left_by = said
+        with reported(self.path):
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         self._file = file
         return self
+
+    @property
+    def stale(self) -> str:
+        """What to say of a lock that was never given back; empty where the last one was."""
+        if not self.left_by:
+            return ""
+        is_here = self.left_by.endswith(f" on {socket.gethostname()}")
+        elsewhere = "" if is_here else "; a lock of another host need not reach here: make sure that it has ended"
+        return f"the last process in this folder, {self.left_by}, did not end by itself{elsewhere}"
 
     def release(self) -> None:
         """Give the lock back; also as ``close``."""
         if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.truncate(0)
             self._file.close()
             self._file = None
 
@@ -374,6 +415,32 @@ class FolderLock:
                 return not _try_lock(file)
         except OSError:
             return False
+
+
+def new_folder(parent: Path, name: str) -> tuple[Path, FolderLock]:
+    """Make ``parent/name`` and lock it; ``name-2``, ``name-3`` … where it is in use: never a second user of one folder.
+
+    One that is empty is taken: a process that was killed before it wrote anything may have left it.
+    """
+    with reported(parent / name):
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                sync_folder(parent)
+            if not folder.is_dir() or not _is_empty(folder):
+                continue
+            with contextlib.suppress(RunFolderError):
+                lock = FolderLock(folder).acquire()
+                if _is_empty(folder):  # else another process made its run here meanwhile
+                    return folder, lock
+                lock.release()
+    raise AssertionError("numbers do not end")
+
+
+def _is_empty(folder: Path) -> bool:
+    return {path.name for path in folder.iterdir()} <= {LOCK}
 
 
 def _try_lock(file: IO[str]) -> bool:

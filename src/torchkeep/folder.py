@@ -95,8 +95,8 @@ class RunFolder:
         return status
 
 
-def create_run_folder(name: str, runs: Path) -> RunFolder:
-    """A new folder for a run under ``runs``; a number is added where the name is taken.
+def create_run_folder(name: str, runs: Path) -> tuple[RunFolder, FolderLock]:
+    """A new folder for a run under ``runs``, locked; a number is added where the name is taken.
 
     Raises:  RunFolderError where a file is in the way, StorageError where the disk refuses
     """
@@ -106,7 +106,8 @@ def create_run_folder(name: str, runs: Path) -> RunFolder:
             "the folder for runs cannot be made", where=runs, got=f"{place} is a file",
             expected="a folder, or nothing yet", fix="move that file, or choose another folder with --run-dir",
         )  # fmt: skip
-    return RunFolder(new_folder(runs, name))
+    path, lock = new_folder(runs, name)
+    return RunFolder(path), lock
 
 
 def open_run_folder(path: str | Path) -> RunFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -80,7 +81,30 @@ def test_what_an_attempt_left_hidden_is_swept(tmp_path: Path) -> None:
 
 
 def test_a_name_in_use_gets_a_number(tmp_path: Path) -> None:
-    assert [new_folder(tmp_path, "run").name for _ in range(3)] == ["run", "run-2", "run-3"]
+    made = [new_folder(tmp_path, "run") for _ in range(3)]
+    assert [path.name for path, _ in made] == ["run", "run-2", "run-3"]
+    for path, lock in made:
+        lock.release()
+        (path / "run.json").touch()
+    path, lock = new_folder(tmp_path, "run")
+    assert path.name == "run-4"
+    lock.release()
+
+
+def test_an_empty_folder_is_taken_and_one_with_anything_in_it_is_not(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").touch()
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2" / ".lock").write_text("pid 1 on another-host")
+    (tmp_path / "run-3").touch()
+    path, lock = new_folder(tmp_path, "run")
+    assert path.name == "run-2"
+    assert "pid 1 on another-host" in lock.stale
+    other, second = new_folder(tmp_path, "run")
+    assert other.name == "run-4"
+    lock.release()
+    second.release()
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
 def test_setting_aside_deletes_nothing(tmp_path: Path) -> None:
@@ -104,9 +128,20 @@ def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path: Path) ->
         assert FolderLock.is_held(tmp_path)
         other.kill()
     lock = FolderLock(tmp_path).acquire()
+    assert f"pid {other.pid} on" in lock.stale
+    assert "make sure" not in lock.stale
     assert FolderLock.is_held(tmp_path)
     lock.release()
     assert not FolderLock.is_held(tmp_path)
+    with contextlib.closing(FolderLock(tmp_path).acquire()) as again:
+        assert not again.stale
+
+
+def test_a_lock_of_another_host_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("pid 7 on far-away")
+    with contextlib.closing(FolderLock(tmp_path).acquire()) as lock:
+        assert "pid 7 on far-away" in lock.stale
+        assert "make sure" in lock.stale
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"half', b"x" * (3 << 20)])

@@ -30,7 +30,7 @@ from ..chance import ChanceKey
 from ..errors import BadSampleError, SettingsError
 from ..files import cache_root, sync_file
 from ..store import Store, evict
-from .dataset import Indices, Part, whole
+from .dataset import Part, in_whole, whole
 from .decode import Pixels, resize
 from .reading import Bad
 
@@ -100,13 +100,7 @@ class PictureCache:
             return 0
         known = int(self._identities[index])
         if not known:
-            try:
-                found = [path.stat() for path in self._files_of(index)]
-            except OSError:  # reading it says so
-                return 0
-            text = repr([(file.st_size, file.st_mtime_ns) for file in found])
-            known = (xxhash.xxh3_64_intdigest(text.encode()) or 1) if found else 0
-            self._identities[index] = known
+            known = self._identities[index] = file_identity(self._files_of(index))
         return known
 
     def fileno(self) -> int | None:
@@ -120,6 +114,16 @@ class PictureCache:
 
     def __reduce__(self) -> Any:
         return PictureCache, (self.store, self.side, self._files_of)
+
+
+def file_identity(files: Sequence[Path]) -> int:
+    """A number that changes with the size or time of a sample's files; 0 where there are none, or no longer."""
+    try:
+        found = [path.stat() for path in files]
+    except OSError:  # reading it says so
+        return 0
+    text = repr([(file.st_size, file.st_mtime_ns) for file in found])
+    return (xxhash.xxh3_64_intdigest(text.encode()) or 1) if found else 0
 
 
 def _packed(pictures: dict[str, Pixels]) -> Pixels:
@@ -192,7 +196,7 @@ def open_cache(
 
 def store_path(fingerprint: str, recipe: str) -> Path | None:
     """The store file of some data: named by all that its pixels follow from. None where there is no folder for it."""
-    folder = _folder()
+    folder = cache_folder()
     made_by = (simplejpeg.__version__, cv2.__version__, PIL.__version__, _RULES, store.VERSION)
     key = xxhash.xxh3_128_hexdigest(repr((fingerprint, recipe, made_by)).encode())
     return folder / f"{key}{store.SUFFIX}" if folder else None
@@ -259,7 +263,8 @@ def _plan_disk(
 
 def _probed(dataset: Any, side: int | None) -> tuple[int, float]:
     """Bytes of a decoded sample, and seconds to decode it: mean and median of a few; zeros where none can be."""
-    images, places = _places(dataset, np.linspace(0, len(dataset) - 1, min(_PROBED, len(dataset))).astype(np.int64))
+    few = np.linspace(0, len(dataset) - 1, min(_PROBED, len(dataset))).astype(np.int64)
+    images, places = whole(dataset), in_whole(dataset, few)
     images = images.with_cache(PictureCache(Store(len(images)), side))  # it keeps nothing
     sizes, seconds = [], []
     for index in places.tolist():
@@ -271,24 +276,17 @@ def _probed(dataset: Any, side: int | None) -> tuple[int, float]:
     return (round(statistics.mean(sizes)), statistics.median(seconds)) if sizes else (0, 0.0)
 
 
-def _places(dataset: Any, indices: Indices) -> tuple[Any, Indices]:
-    """The whole dataset, and where in it these samples of a part are."""
-    while isinstance(dataset, Part):
-        indices, dataset = dataset.indices[indices], dataset.dataset
-    return dataset, indices
-
-
-def room_bytes(kind: Literal["ram", "disk"], budget_bytes: int | None = None) -> int:
+def room_bytes(kind: Literal["ram", "disk"], budget_bytes: int | None = None, folder: str = "pictures") -> int:
     """What a cache may take: half of the free memory; nine tenths of what is free on the disk or held by caches."""
     if kind == "ram":
         others = sum(held.budget_bytes - held.used_bytes for held in list(_in_memory) if held.fileno() >= 0)
         room = int(_MEMORY_SHARE * max(0, free_memory_bytes() - others))  # they have not taken it yet
     else:
-        folder, room = _folder(), 0
+        place, room = cache_folder(folder), 0
         with contextlib.suppress(OSError):
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                room = int(_DISK_SHARE * (shutil.disk_usage(folder).free + evict(folder, sys.maxsize)))
+            if place is not None:
+                place.mkdir(parents=True, exist_ok=True)
+                room = int(_DISK_SHARE * (shutil.disk_usage(place).free + evict(place, sys.maxsize)))
     return room if budget_bytes is None else min(room, budget_bytes)
 
 
@@ -316,9 +314,10 @@ def free_memory_bytes() -> int:
     return max(free, 0)
 
 
-def _folder() -> Path | None:
+def cache_folder(name: str = "pictures") -> Path | None:
+    """Where stores of one kind lie; None where the user has no home."""
     root = cache_root()
-    return root / "pictures" if root else None
+    return root / name if root else None
 
 
 def _read_seconds(num_bytes: int) -> tuple[float, bool]:
@@ -329,7 +328,7 @@ def _read_seconds(num_bytes: int) -> tuple[float, bool]:
     size = -(-num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
     tries = min(max(_PROBE_BYTES // size, 3), _PROBED)
     seconds = []
-    with tempfile.TemporaryFile(dir=_folder()) as file, mmap.mmap(-1, size) as block:
+    with tempfile.TemporaryFile(dir=cache_folder()) as file, mmap.mmap(-1, size) as block:
         for _ in range(tries):
             file.write(os.urandom(size))  # some disks store what repeats for nothing
         sync_file(file)
@@ -353,7 +352,7 @@ def _opened_direct(handle: int, opened: contextlib.ExitStack) -> Any:
 
 def fill(dataset: Any, threads: int, progress: Callable[[int, int], None] | None = None) -> list[Bad]:
     """Read every sample of a dataset with a cache once, until that takes no more; those that cannot be read."""
-    images, places = _places(dataset, np.arange(len(dataset)))
+    images, places = whole(dataset), in_whole(dataset, np.arange(len(dataset)))
 
     def read(index: int) -> Bad | None:
         try:

@@ -194,6 +194,18 @@ def whole(dataset: Any) -> Any:
     return dataset
 
 
+def in_whole(dataset: Any, indices: Indices) -> Indices:
+    """Where in the whole dataset these samples of a part are: what their chance is keyed by."""
+    while isinstance(dataset, Part):
+        indices, dataset = dataset.indices[indices], dataset.dataset
+    return indices
+
+
+def id_of(dataset: Any, index: int) -> str:
+    """What a sample is called."""
+    return str(dataset.id_of(index)) if hasattr(dataset, "id_of") else f"sample {index}"
+
+
 def whole_of(like: Any, kind: type[D], what: str, where: str) -> D | None:
     """The dataset behind ``like``, which may be a part of it.
 

@@ -144,15 +144,18 @@ def random_resized_crop(canvas: Canvas, draws: Draws) -> None:
     canvas.put(resize(canvas.pixels()[top : top + height, left : left + width], *canvas.size, canvas.is_mask))
 
 
+FLIPPED_BELOW = 0.5
+
+
 def horizontal_flip(canvas: Canvas, draws: Draws) -> None:
     """Left and right change places for every second sample."""
-    if draws[0] < 0.5:
+    if draws[0] < FLIPPED_BELOW:
         canvas.flip(columns=True)
 
 
 def vertical_flip(canvas: Canvas, draws: Draws) -> None:
     """Top and bottom change places for every second sample."""
-    if draws[0] < 0.5:
+    if draws[0] < FLIPPED_BELOW:
         canvas.flip(rows=True)
 
 

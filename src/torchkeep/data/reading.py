@@ -19,7 +19,7 @@ from torch import Tensor
 from ..chance import ChanceKey, keyed_bits, keyed_seed
 from ..contracts import INDEX, VALID, Batch, KeyedDataset
 from ..errors import BadSampleError, DataError
-from .dataset import Filling, Indices, KeyedData, Part, whole
+from .dataset import Filling, Indices, KeyedData, id_of, in_whole, whole
 from .foreign import Foreign
 from .generators import keyed_generators
 
@@ -104,10 +104,8 @@ class Reading:
 
     def __init__(self, source: Source, task: Task):
         self.source, self.task = source, task
-        dataset: Any = source.dataset
-        self._places = task.indices
-        while isinstance(dataset, Part):
-            self._places, dataset = dataset.indices[self._places], dataset.dataset
+        self._places = in_whole(source.dataset, task.indices)
+        dataset: Any = whole(source.dataset)
         self._whole = dataset
         self._filling: Filling | None = None
         self._gathered: Batch | None = None
@@ -152,7 +150,7 @@ class Reading:
             filling.fill(row, self._places[row : row + 1])
         except BadSampleError as error:
             index = int(self.task.indices[row])
-            self._bad[row] = Bad(index, _id_of(self.source.dataset, index), str(error.got or error.what))
+            self._bad[row] = Bad(index, id_of(self.source.dataset, index), str(error.got or error.what))
             self._replace(filling, row, index, error)
 
     def _replace(self, filling: Filling, row: int, index: int, error: BadSampleError) -> None:
@@ -162,7 +160,7 @@ class Reading:
             draw = keyed_bits(key, "substitute", np.array([index]), attempt) % np.uint64(size)
             other = draw.astype(np.int64)
             try:
-                filling.fill(row, _in_whole(self.source.dataset, other))
+                filling.fill(row, in_whole(self.source.dataset, other))
             except BadSampleError:
                 continue
             self._used[row] = int(other[0])
@@ -203,16 +201,6 @@ class Reading:
         if source.collate is not None:
             return collated(source.dataset, filling.samples, Task(indices, self.task.key), source.collate), 0
         return filling.finish(), filling.hits
-
-
-def _id_of(dataset: Any, index: int) -> str:
-    return str(dataset.id_of(index)) if hasattr(dataset, "id_of") else f"sample {index}"
-
-
-def _in_whole(dataset: Any, indices: Indices) -> Indices:
-    while isinstance(dataset, Part):
-        indices, dataset = dataset.indices[indices], dataset.dataset
-    return indices
 
 
 def foreign_of(dataset: Any) -> Foreign | None:

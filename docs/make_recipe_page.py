@@ -30,7 +30,8 @@ _BOUNDS = {
 
 def section_of(schema: dict[str, Any], field: dict[str, Any]) -> dict[str, Any] | None:
     """The section that a field is; None for a plain key."""
-    reference = field.get("$ref") or next((part["$ref"] for part in field.get("allOf", []) if "$ref" in part), None)
+    parts = [field, *field.get("allOf", []), *field.get("anyOf", [])]
+    reference = next((part["$ref"] for part in parts if "$ref" in part), None)
     return schema["$defs"][reference.rpartition("/")[2]] if reference else None
 
 
@@ -43,6 +44,8 @@ def sections(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def type_text(field: dict[str, Any]) -> str:
     """A JSON type in words. "null" is left out: in TOML a key that is not set is not written."""
+    if "$ref" in field:
+        return "table"
     if "const" in field:
         return f"`{json.dumps(field['const'])}`"
     if "enum" in field:

@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import BestPoint, Run, evaluate, fit, inspect, open_run, predict, resume, runs, train
+    from .api import evaluate, fit, inspect, open_run, predict, resume, runs, train
     from .data.arrays import Arrays
     from .data.audio import AudioFolder, AudioTable
     from .data.dataset import Part
@@ -31,12 +31,15 @@ if TYPE_CHECKING:
     from .keep.checkpoint import Checkpoints
     from .keep.generators import generator_states, set_generator_states
     from .keep.stopping import EarlyStopping
+    from .model.freeze import FreezePlan
+    from .model.weights import load_weights
+    from .running import BestPoint, Run
     from .training.survey import survey
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "BestPoint": "api", "Run": "api", "evaluate": "api", "fit": "api", "inspect": "api", "open_run": "api",
+    "BestPoint": "running", "Run": "running", "evaluate": "api", "fit": "api", "inspect": "api", "open_run": "api",
     "predict": "api", "resume": "api", "runs": "api", "train": "api",
     "Arrays": "data.arrays", "AudioFolder": "data.audio", "AudioTable": "data.audio", "Foreign": "data.foreign",
     "HubDataset": "data.hub", "HubStream": "data.hub", "IdxImages": "data.images", "ImageFolder": "data.images",
@@ -44,16 +47,17 @@ _PLACES = {
     "Table": "data.tables", "TextBlocks": "data.text", "TextFolder": "data.text", "TextTable": "data.text",
     "split": "data.splits", "survey": "training.survey",
     "Interrupted": "errors", "PreemptedError": "errors", "TorchkeepError": "errors",
-    "Checkpoints": "keep.checkpoint", "EarlyStopping": "keep.stopping",
+    "Checkpoints": "keep.checkpoint", "EarlyStopping": "keep.stopping", "FreezePlan": "model.freeze",
+    "load_weights": "model.weights",
     "generator_states": "keep.generators", "set_generator_states": "keep.generators",
 }  # fmt: skip
 
 __all__ = [
-    "Arrays", "AudioFolder", "AudioTable", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "HubDataset",
-    "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Part", "PreemptedError", "Run",
-    "Stream", "Table", "TextBlocks", "TextFolder", "TextTable", "TorchkeepError", "evaluate", "fit",
-    "generator_states", "inspect", "open_run", "predict", "resume", "runs", "set_generator_states", "split", "survey",
-    "train",
+    "Arrays", "AudioFolder", "AudioTable", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "FreezePlan",
+    "HubDataset", "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Part",
+    "PreemptedError", "Run", "Stream", "Table", "TextBlocks", "TextFolder", "TextTable", "TorchkeepError", "evaluate",
+    "fit", "generator_states", "inspect", "load_weights", "open_run", "predict", "resume", "runs", "set_generator_states",
+    "split", "survey", "train",
 ]  # fmt: skip
 
 

@@ -4,149 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from .contracts import Json, Schema
 from .data.cache import Wanted
-from .data.dataset import whole
 from .data.foreign import as_dataset
 from .data.reading import OnBad
-from .data.sources import open_data, open_source
-from .errors import CheckpointError, RunFolderError, SettingsError
-from .files import FolderLock
-from .folder import RunFolder, create_run_folder, list_runs, open_run_folder
-from .keep.checkpoint import Checkpoints, Row, Saved
-from .keep.generators import seed_generators
-from .keep.mirror import Mirror
-from .model.build import build_model
+from .errors import RunFolderError, SettingsError
+from .folder import list_runs, open_run_folder
+from .keep.checkpoint import Checkpoints, Row
 from .model.describe import ModuleRow, describe
-from .settings import check, override
-from .share.predict import Prediction, predict_all
-from .tensors import tensor_sha256
-from .training.attempt import attempt, checkpoints_of, put
+from .running import (
+    RUNS,
+    Run,
+    execute,
+    fetch,
+    find_run,
+    loaded,
+    place_of,
+    recorded_recipe,
+    released,
+    taken,
+    trusting,
+    work_of,
+)
+from .settings import check
+from .share.predict import Prediction
 from .training.decisions import Decisions
-from .training.prepare import Feeding, Prepared, Work, describe_object, source_folder
-from .training.provenance import code_state, command, environment
-from .training.recipe import Recipe, RunSettings, read_recipe, recipe_from_json
+from .training.prepare import Feeding, Prepared, Work, describe_object
+from .training.recipe import RunSettings, read_recipe
 from .training.replay import Replay, replay
-from .training.resuming import Changes, changes_since, check_data
-from .usercode import CodeReference, check_trusted, load_function, read_reference
+from .training.resuming import check_data
+from .usercode import load_function
 from .watch.console import Console
-from .watch.records import last_attempt_start, next_attempt, read_records
+from .watch.records import next_attempt
 
 Resume = Literal["no", "auto"] | bool
-RUNS = Path("runs")
-
-
-@dataclass(frozen=True)
-class BestPoint:
-    """The evaluation that picked the best checkpoint; without a validation split, the last one."""
-
-    step: int
-    epoch: int
-    metrics: dict[str, float]
-
-
-class Run:
-    """A run that has ended, or that was opened from its folder."""
-
-    def __init__(self, folder: RunFolder, prepared: Prepared, recipe: Recipe | None, base: Path):
-        self._folder, self._prepared, self._recipe, self._base = folder, prepared, recipe, base
-
-    @property
-    def dir(self) -> Path:
-        """The run's folder."""
-        return self._folder.path
-
-    @property
-    def status(self) -> str:
-        """ "finished", "failed", "interrupted" or "killed"."""
-        return self._folder.status()
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The last epoch's metrics, and the test split's where there is one."""
-        ends = [row for row in read_records(self._folder.records) if row["kind"] == "run_end"]
-        return dict(ends[-1]["metrics"]) if ends else {}
-
-    @property
-    def best(self) -> BestPoint:
-        """Where the best checkpoint was met."""
-        saved = self._checkpoint("best")
-        clock = self._checkpoints().load_part(saved, "clock")
-        return BestPoint(saved.step, clock["epoch"], saved.metrics)
-
-    @property
-    def schema(self) -> Schema:
-        """The keys, shapes and classes of the data."""
-        return self._prepared.work.train.schema
-
-    def sha256(self, which: Literal["best", "last"] = "last") -> str:
-        """The identity of the parameters and buffers of a checkpoint."""
-        return tensor_sha256(self._checkpoints().model(self._checkpoint(which)))
-
-    def model(self, which: Literal["best", "last"] = "best") -> nn.Module:
-        """A copy of the model with a checkpoint's parameters (or their moving average), in eval mode."""
-        model = copy.deepcopy(self._prepared.work.model)
-        put(model, self._checkpoints(), self._checkpoint(which))
-        return model.eval()
-
-    def evaluate(self, data: Any = None, *, which: Literal["best", "last"] = "best") -> dict[str, float]:
-        """Loss and metrics on any dataset, a path, or (without data) on the test split, else the validation split."""
-        split, dataset = self._split(data)
-        with self._using(which):
-            return self._prepared.measure(dataset, split)
-
-    def predict(self, inputs: Any, *, which: Literal["best", "last"] = "best") -> Iterator[Prediction]:
-        """A prediction for each input: files, folders, a table's path, a dataset, or a tensor (B, …)."""
-        with self._using(which):
-            settings = self._recipe.data if self._recipe else None
-            yield from predict_all(self._prepared, inputs, settings)
-
-    def _split(self, data: Any) -> tuple[str, Any]:
-        work = self._prepared.work
-        if data is None:
-            found = [(name, part) for name, part in [("test", work.test), ("valid", work.valid)] if part is not None]
-            if not found:
-                raise SettingsError(
-                    "this run has no test and no validation split", where="evaluate", fix="run.evaluate(data)"
-                )
-            return found[0]
-        if isinstance(data, str | Path):
-            if self._recipe is None:
-                raise SettingsError("a path needs a recipe to be read by", where=data, fix="give a dataset instead")
-            base = Path.cwd() if Path(data).exists() else self._base
-            # the caller names this source, so code in it may run
-            opened = open_source(
-                self._recipe.data, str(data), base, like=work.train, train=False, load=load_function, split_name="test"
-            )
-            return "test", opened
-        return "test", as_dataset(data)
-
-    @contextlib.contextmanager
-    def _using(self, which: Literal["best", "last"]) -> Iterator[None]:
-        """The prepared model with a checkpoint's parameters for a while."""
-        with self._prepared.borrowed_model() as model:
-            put(model, self._checkpoints(), self._checkpoint(which))
-            yield
-
-    def _checkpoints(self) -> Checkpoints:
-        return checkpoints_of(self._prepared, self._folder)
-
-    def _checkpoint(self, which: Literal["best", "last"]) -> Saved:
-        checkpoints = self._checkpoints()
-        saved = checkpoints.best() if which == "best" else checkpoints.latest()
-        if saved is None:
-            raise CheckpointError(
-                "this run has no whole checkpoint", where=self._folder.checkpoints, fix="torchkeep resume trains on"
-            )
-        return saved
 
 
 def train(
@@ -170,13 +66,13 @@ def train(
     read, base = read_recipe(recipe, list(set))
     console = Console(quiet)
     with contextlib.closing(console):
-        found = _find_run(read.name, run_dir, mirror, console) if _goes_on(resume) else None
-        lock = FolderLock(found.path).acquire() if found else None
-        with _released(lock):
-            work, code = _work_of(read, base, load_function)
-            facts = {"recipe": read.model_dump(mode="json"), "base": str(base), "code_files": code}
-            place = _place(read.name, run_dir)
-            return _execute(work, facts, read, base, place, found, lock, console, mirror, allow_change)
+        found = find_run(read.name, run_dir, mirror, console) if _goes_on(resume) else None
+        lock = taken(found.path, console) if found else None
+        with released(lock):
+            work, read, code = work_of(read, base, load_function, is_new=found is None)
+            facts = {"recipe": read.model_dump(mode="json"), "base": str(base), "code_files": code, **loaded(work)}
+            place = place_of(read.name, run_dir)
+            return execute(work, facts, read, base, place, found, lock, console, mirror, allow_change)
 
 
 def fit(
@@ -207,6 +103,7 @@ def fit(
     resume: Resume = "no",
     mirror: str | Path | None = None,
     allow_change: Sequence[str] = (),
+    freeze: dict[str, Any] | None = None,
     checkpoint: dict[str, Any] | None = None,
     early_stopping: dict[str, Any] | None = None,
     monitor: dict[str, Any] | None = None,
@@ -218,8 +115,9 @@ def fit(
     ``loss``: a name, a module or a callable (output, target) → (). ``metrics``: names and torchmetrics objects.
     ``optimizer``: a name, an optimiser, a dict of several, or a function of the model. ``schedule``: a name, a
     scheduler object, a function optimiser → scheduler, or a function (step, total_steps) → factor.
-    ``step(model, batch, context)`` → ``{"loss": …, anything to log}`` replaces binding and loss. ``settings`` takes
-    further sections as a recipe has them: ``{"train": {"clip_norm": 1.0}}``.
+    ``step(model, batch, context)`` → ``{"loss": …, anything to log}`` replaces binding and loss. ``freeze`` says what
+    stays as it is: ``{"modules": ["features"]}``. ``settings`` takes further sections as a recipe has them:
+    ``{"train": {"clip_norm": 1.0}}``.
 
     The model is trained in place and keeps its last parameters; ``run.model()`` is a copy with the best ones. ``seed``
     keys order, augmentation and dropout; the first weights are the model's own: seed torch before it is made.
@@ -229,6 +127,8 @@ def fit(
     _check_objects(model, loss=loss, optimizer=optimizer, step=step)
     data = _sections(settings or {}, seed, name or (Path(run_dir).name if run_dir else type(model).__name__.lower()))
     _merge(data, "train", {"epochs": epochs, "loss": loss if isinstance(loss, str) else None})
+    if freeze is not None:
+        _merge(data, "freeze", freeze)
     _merge(data, "checkpoint", checkpoint or {})
     _merge(data, "early_stopping", early_stopping or {})
     _merge(data, "monitor", monitor or {})
@@ -243,9 +143,9 @@ def fit(
     checked = check(RunSettings, data, "tk.fit")
     console = Console(quiet)
     with contextlib.closing(console):
-        found = _find_run(checked.name, run_dir, mirror, console) if _goes_on(resume) else None
-        lock = FolderLock(found.path).acquire() if found else None
-        with _released(lock):
+        found = find_run(checked.name, run_dir, mirror, console) if _goes_on(resume) else None
+        lock = taken(found.path, console) if found else None
+        with released(lock):
             metrics = [metrics] if isinstance(metrics, str) else metrics
             work = Work(
                 checked, model, as_dataset(train), as_dataset(valid) if valid is not None else None,
@@ -260,8 +160,8 @@ def fit(
                 "objects": {key: describe_object(value) for key, value in objects.items()},
                 "batch_size": batch_size,
             }
-            place = _place(checked.name, run_dir)
-            return _execute(work, facts, None, Path.cwd(), place, found, lock, console, mirror, allow_change)
+            place = place_of(checked.name, run_dir)
+            return execute(work, facts, None, Path.cwd(), place, found, lock, console, mirror, allow_change)
 
 
 def resume(
@@ -275,16 +175,16 @@ def resume(
     """
     console = Console(quiet)
     if mirror is not None:
-        _fetch(Path(run_dir), mirror, console)
+        fetch(Path(run_dir), mirror, console)
     folder = open_run_folder(run_dir)
     with contextlib.closing(console):
-        lock = FolderLock(folder.path).acquire()
-        with _released(lock):
+        lock = taken(folder.path, console)
+        with released(lock):
             facts = folder.read_run()
-            recipe, base = _recorded_recipe(folder, facts, list(set))
-            work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
+            recipe, base = recorded_recipe(folder, facts, list(set))
+            work, recipe, _ = work_of(recipe, base, trusting(facts, trust_code), is_new=False)
             facts = {**facts, "recipe": recipe.model_dump(mode="json")}
-            return _execute(work, facts, recipe, base, None, folder, lock, console, mirror, allow_change)
+            return execute(work, facts, recipe, base, None, folder, lock, console, mirror, allow_change)
 
 
 def checkpoints(run_dir: str | Path) -> list[Row]:
@@ -309,8 +209,8 @@ def open_run(run_dir: str | Path, *, trust_code: str | None = None) -> Run:
     """
     folder = open_run_folder(run_dir)
     facts = folder.read_run()
-    recipe, base = _recorded_recipe(folder, facts, [])
-    work, _ = _work_of(recipe, base, _trusting(facts, trust_code))
+    recipe, base = recorded_recipe(folder, facts, [])
+    work, recipe, _ = work_of(recipe, base, trusting(facts, trust_code), is_new=False)
     check_data(work, facts)  # classes and a table's statistics are read from the training data again
     return Run(folder, Prepared(work, Decisions(facts["decisions"])), recipe, base)
 
@@ -339,7 +239,7 @@ def inspect(
         prepared = open_run(path, trust_code=trust_code)._prepared
     else:
         recipe, base = read_recipe(path, list(set))
-        prepared = Prepared(_work_of(recipe, base, load_function)[0], Decisions())
+        prepared = Prepared(work_of(recipe, base, load_function)[0], Decisions())
     example = prepared.mover(prepared.loader.peek())
     return describe(prepared.work.model, lambda: prepared.binding.call(example))
 
@@ -401,148 +301,3 @@ def _check_objects(model: Any, **given: Any) -> None:
             )  # fmt: skip
     if not isinstance(model, nn.Module):
         raise SettingsError("this is no model", where="tk.fit", got=type(model).__name__, expected="a torch.nn.Module")
-
-
-def _place(name: str, run_dir: str | Path | None) -> Path:
-    return Path(run_dir) if run_dir is not None else RUNS / name
-
-
-def _fetch(run: Path, mirror: str | Path, console: Console) -> None:
-    """Bring back from the mirror what this place lacks."""
-    if not (Path(mirror) / run.name / "run.json").is_file():
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(FolderLock(run).acquire()):
-        if Mirror(run, Path(mirror), console.warn).fetch():
-            console.say(f"found in the mirror: {Path(mirror) / run.name}")
-
-
-def _find_run(name: str, run_dir: str | Path | None, mirror: str | Path | None, console: Console) -> RunFolder | None:
-    """The newest run of this name, here or in the mirror; None where there is none to go on with."""
-    place = _place(name, run_dir)
-    if mirror is not None:
-        _fetch(place, mirror, console)
-    same = [run for run in list_runs(place.parent) if run.name == place.name or _was_numbered(run, place.name)]
-    return same[-1] if same else None
-
-
-def _was_numbered(run: RunFolder, name: str) -> bool:
-    """Whether a run wanted this name, which was taken; "digits-2" may also be a name of its own."""
-    if not run.name.startswith(f"{name}-"):
-        return False
-    try:
-        return bool(run.read_run().get("wanted_name") == name)
-    except RunFolderError:
-        return False
-
-
-@contextlib.contextmanager
-def _released(lock: FolderLock | None) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
-
-
-def _trusting(facts: Json, trust_code: str | None) -> Callable[[CodeReference], Callable[..., Any]]:
-    """What may run of the code that a run's folder names (law 10)."""
-    recorded = {(row["path"], row["function"]): row for row in facts.get("code_files", [])}
-
-    def load(reference: CodeReference) -> Callable[..., Any]:
-        row = recorded.get((str(reference.path), reference.function), reference.to_json() | {"sha256": ""})
-        return load_function(check_trusted(row, trust_code))
-
-    return load
-
-
-def _recorded_recipe(folder: RunFolder, facts: Json, assignments: list[str]) -> tuple[Recipe, Path]:
-    data = facts.get("recipe")
-    if data is not None:
-        start = last_attempt_start(folder.records)
-        data = override((start or {}).get("settings") or data, assignments)
-    if data is None:
-        objects = facts.get("objects", {})
-        raise SettingsError(
-            "this run was made by tk.fit from a program's own objects",
-            where=folder.path,
-            got=f"model {objects.get('model')}, data {objects.get('train')}",
-            expected="a run of torchkeep train",
-            fix=f'in that program tk.fit(…, run_dir="{folder.path}", resume="auto") goes on, and gives a run with '
-            "evaluate, predict and model",
-        )
-    return recipe_from_json(data, folder.run_file), Path(facts["base"])
-
-
-def _work_of(recipe: Recipe, base: Path, load: Callable[[CodeReference], Any]) -> tuple[Work, list[Json]]:
-    """Open what a recipe names: data first, then the model made for it."""
-    used: list[CodeReference] = []
-
-    def load_reference(reference: CodeReference) -> Any:
-        used.append(reference)
-        return load(reference)
-
-    def load_name(name: str) -> Any:
-        return load_reference(read_reference(name, base))
-
-    splits = open_data(recipe.data, base, recipe.seed, load_reference)
-    train_data = as_dataset(splits.train)
-    seed_generators(recipe.seed)
-    cardinalities = getattr(whole(splits.train), "cardinalities", ())
-    model = build_model(recipe.model, train_data.schema, cardinalities, load_name)
-    work = Work(
-        recipe,
-        model,
-        train_data,
-        as_dataset(splits.valid) if splits.valid is not None else None,
-        as_dataset(splits.test) if splits.test is not None else None,
-        recipe.data.batch_size,
-        Feeding(**{field.name: getattr(recipe.data, field.name) for field in fields(Feeding)}),
-        load=load_name,
-        weights=recipe.data.weights,
-        is_recipe=True,
-    )
-    return work, [reference.to_json() for reference in used]
-
-
-def _execute(
-    work: Work, facts: Json, recipe: Recipe | None, base: Path, place: Path | None, found: RunFolder | None,
-    lock: FolderLock | None, console: Console, mirror: str | Path | None, allow_change: Sequence[str] = (),
-) -> Run:  # fmt: skip
-    """Prepare, open or make the folder, train, and say how it ended."""
-    began = time.time()
-    recorded = found.read_run() if found else None
-    decisions = Decisions(recorded["decisions"] if recorded else None)
-    prepared = Prepared(work, decisions)
-    work.resolved = facts.get("recipe") or facts.get("settings")
-    changes = Changes()
-    if found is not None and recorded is not None:
-        folder = found
-        changes = changes_since(prepared, folder, facts, recorded, allow_change, console)
-    else:
-        assert place is not None
-        folder = create_run_folder(place.name, place.parent)
-        lock = FolderLock(folder.path).acquire()
-        if folder.path.name != place.name:
-            console.say(f"{place} exists; this run is {folder.path}")
-        folder.write_run(
-            {
-                **facts,
-                "wanted_name": place.name,
-                "device": str(prepared.device),
-                "seed": work.settings.seed,
-                "decisions": decisions.to_json(),
-                "data": {"fingerprints": work.fingerprints(), "schema": work.train.schema.to_json()},
-                "code": code_state(base if recipe else source_folder()),
-                "environment": environment(),
-                "command": command(),
-            }
-        )
-    try:
-        attempt(prepared, folder, console, began, changes, Path(mirror) if mirror else None)
-    finally:
-        prepared.close()
-        if lock is not None:
-            lock.release()
-    return Run(folder, prepared, recipe, base)

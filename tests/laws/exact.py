@@ -26,7 +26,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "augment": ("off", "on"),
     "mix": ("off", "mixup", "cutmix"),
     "accumulate": ("1", "2"),
-    "average": ("off", "on"),
+    "average": ("off", "ema", "swa"),
     "clip": ("off", "on"),
     "schedule": ("constant", "one_cycle"),
     "stopping": ("off", "warmup", "restore_best"),
@@ -162,7 +162,7 @@ def settings_of(case: Case) -> dict[str, Any]:
     every, stopping = case["every"], case["stopping"]
     train = {"threads": 1, "precision": case["precision"], "accumulate": int(case["accumulate"])}
     train |= {case["mix"]: 0.8} if case["mix"] != "off" else {}
-    train |= {"ema": 0.8} if case["average"] == "on" else {}
+    train |= {"off": {}, "ema": {"ema": 0.8}, "swa": {"swa": 2}}[case["average"]]
     train |= {"clip_norm": 0.5} if case["clip"] == "on" else {}
     train |= {"train_metrics": case["metrics"] == "both", "epochs": 4 if stopping == "warmup" else 3}
     early: dict[str, Any] = {"restore_best": stopping == "restore_best"}

@@ -29,7 +29,9 @@ ROOMS_BELOW = {
     **{wing: {"root", wing} for wing in WINGS},
     "training": {"root", *WINGS, "training"},
     "share": {"root", *WINGS, "training", "share"},
-    "api": {"root", *WINGS, "training", "share", "api"},
+    "running": {"root", *WINGS, "training", "share"},
+    "transfer": {"root", *WINGS, "training", "share", "running"},
+    "api": {"root", *WINGS, "training", "share", "running"},
 }
 TOP = {"cli", "__init__", "__main__"}  # may import everything
 
@@ -53,7 +55,7 @@ def is_allowed(found: Import) -> bool:
 def is_placed(module: Module) -> bool:
     """Whether the house has a room for this file: the lists above, or a folder among them."""
     if module.path == f"{module.name}.py":
-        return module.name in READING_ORDER or module.name in TOP or module.name == "api"
+        return module.name in READING_ORDER or module.name in TOP or module.name in ROOMS_BELOW
     return room_of(module.name) in ROOMS_BELOW
 
 

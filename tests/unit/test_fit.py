@@ -573,6 +573,22 @@ class Tied(nn.Module):
         return self.head(self.last(torch.tanh(self.first(x))))
 
 
+def test_equal_weights_from_an_epoch_on_are_averaged_and_evaluated(fit: Fit, tmp_path: Path) -> None:
+    ends = [dict(fit(net(), epochs=epochs, run_dir=tmp_path / str(epochs)).model("last").state_dict())
+            for epochs in (1, 2, 3)]  # fmt: skip
+    run = fit(net(), None, TensorDataset(X, Y), epochs=3, settings={"train": {"swa": 2}}, run_dir=tmp_path / "swa")
+    mean = {name: (ends[1][name] + ends[2][name]) / 2 for name in ends[1]}
+    found = run.model("last").state_dict()
+    assert all(torch.allclose(found[name], mean[name], atol=1e-7) for name in mean)
+    assert run.metrics["valid/loss"] == pytest.approx(run.evaluate(TensorDataset(X, Y), which="last")["test/loss"])
+    assert not torch.equal(found["0.weight"], ends[2]["0.weight"])
+
+
+def test_there_is_one_average(fit: Fit) -> None:
+    with pytest.raises(SettingsError, match="ema or swa"):
+        fit(net(), settings={"train": {"swa": 2, "ema": 0.9}})
+
+
 def test_the_moving_average_is_what_is_evaluated_and_handed_out(fit: Fit) -> None:
     model = Tied()
     average = {name: value.clone() for name, value in model.state_dict().items()}

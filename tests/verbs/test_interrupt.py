@@ -41,6 +41,37 @@ def test_a_signal_saves_at_a_step_and_the_resumed_run_is_the_same_run(
     assert slow.parameters("runs/slow") == slow.parameters("runs/slow-2")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_in_the_test_at_the_end_ends_it_and_a_resume_measures_it(
+    slow: Any, ended: Any, number: signal.Signals, code: int
+) -> None:
+    slow.write("test.csv", "a,b,colour,kind\n" + "1e6,1e6,red,big\n" * 4)
+    waits = (
+        "import pathlib, time, torch\n\nFIRST = pathlib.Path('testing')\n" + slow.folder.joinpath("slow.py").read_text()
+    )
+    looks = "        if (numbers > 1e3).any() and not FIRST.exists():\n"
+    looks += "            FIRST.touch()\n            time.sleep(60)\n"
+    slow.write("slow.py", waits.replace("        return self.layers", looks + "        return self.layers"))
+    process = slow.start("train", "slow.toml", "--set", "data.test=test.csv", "--set", "train.epochs=1")
+    slow.wait_for("testing", process)
+    process.send_signal(number)
+    said = ended(process)
+    assert said.code == code
+    assert "Traceback" not in said.err
+    assert "torchkeep resume" in said.err
+    assert slow.records("runs/slow")[-1]["status"] == "interrupted"
+    assert slow.say("resume", "runs/slow").code == 0
+    assert "test/accuracy" in slow.records("runs/slow")[-1]["metrics"]
+
+
+def test_a_kill_before_the_run_is_written_leaves_its_name_free(desk: Any) -> None:
+    desk.write_table()
+    (desk.folder / "runs" / "table").mkdir(parents=True)
+    (desk.folder / "runs" / "table" / ".lock").write_text("pid 1 on another-host")
+    assert desk.say("train", "table.toml", "--resume", "auto").code == 0
+    assert desk.runs() == ["table"]
+
+
 def test_a_kill_loses_only_what_came_after_the_last_checkpoint(slow: Any, ended: Any) -> None:
     process = slow.start("train", "slow.toml", "--quiet")
     slow.wait_for("runs/slow/checkpoints/step-00000008", process)

@@ -1,33 +1,67 @@
-"""Models by name: built-ins, and ``file.py:function`` of the user's own."""
+"""Models by name: built-ins, ``file.py:function`` of the user's own, and those of hubs, with their weights and head."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import Field as Setting
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from ..contracts import Schema
 from ..errors import ModelError, nearest
 from ..settings import Settings
 from ..usercode import is_reference
+from . import hub
 from .audio import AudioConv
-from .images import ConvNet, ResNet18
+from .heads import find_head, fit_head
+from .images import ConvNet, MobileNetV2, ResNet18, VisionTransformer
 from .tables import Mlp
 from .text import TextConv, Transformer
+from .weights import LoadReport, check_finite, check_share, load_weights, report_of
+
+NO_WEIGHTS = "none"
 
 
 class ModelSettings(Settings):
-    """[model]: which model, and what it is built with."""
+    """[model]: which model, what it is built with, and which weights it begins with."""
 
     name: str
-    """"convnet", "resnet18", "mlp", "textconv", "transformer", "audioconv", or file.py:function beside the recipe."""
+    """A built-in such as "convnet", file.py:function, hf:NAME, timm:NAME or torchvision:NAME."""
     args: dict[str, Any] = Setting(default_factory=dict)
     """Further arguments of the model, by name."""
+    weights: str | None = None
+    """A file, the folder of a run or checkpoint, or hf:NAME; "none": as drawn; not set: a hub's model has its own."""
+    weights_share: float = Setting(default=0.9, ge=0, le=1)
+    """The least share of the parameters, but for the head's, that must be in the weights."""
+    rename: dict[str, str] = Setting(default_factory=dict)
+    """Prefixes of names in the weights, and what they become."""
+    preprocess: Literal["stated", "own"] = "stated"
+    """"stated": where the weights say how inputs are prepared, [data] may not say otherwise; "own": it may."""
+    head: str | None = None
+    """The layer, or the part, that gives the outputs; not set: the last linear layer."""
+
+    @model_validator(mode="after")
+    def _renames_something(self) -> ModelSettings:
+        if self.rename and self.weights in (None, NO_WEIGHTS):
+            raise ValueError("model.weights beside model.rename")
+        return self
+
+
+@dataclass
+class Built:
+    """A model, the name of its head where it has one, what was loaded, and rows for the table of decisions."""
+
+    model: nn.Module
+    head: str | None = None
+    report: LoadReport | None = None
+    notes: list[tuple[str, str, str, str]] = field(default_factory=list)
 
 
 class LinearInUnits(nn.Linear):
@@ -50,42 +84,110 @@ class LinearInUnits(nn.Linear):
 
 
 def build_model(
-    settings: ModelSettings, schema: Schema, cardinalities: Sequence[int], load: Callable[[str], Callable[..., Any]]
-) -> nn.Module:
-    """The model that the settings name, made for the data's shapes and classes.
+    settings: ModelSettings, schema: Schema, cardinalities: Sequence[int], load: Callable[[str], Callable[..., Any]],
+    base: Path | None = None, *, loads: bool = True,
+) -> Built:  # fmt: skip
+    """The model that the settings name, made for the data's shapes and classes, with its weights.
 
-    ``load`` turns ``file.py:function`` into the function; it decides what may run.
+    ``load`` turns ``file.py:function`` into the function; it decides what may run. Names of files and folders are
+    relative to ``base``. Without ``loads``, as for a run that goes on, the same model is made and no weights are read.
 
-    Raises:  ModelError if there is no such model, or if its function does not give an nn.Module
+    Raises:  ModelError if there is no such model, if its function does not give an nn.Module, or if weights do not fit
     """
-    sizes = _sizes(schema, cardinalities)
-    if is_reference(settings.name):
-        return _call(load(settings.name), settings, sizes | {"num_classes": sizes["num_outputs"]})
+    sizes, base, is_code = _sizes(schema, cardinalities), base or Path(), is_reference(settings.name)
+    held = None
+    if is_code:
+        model = _call(load(settings.name), settings, sizes)
+    elif hub.is_hub_name(settings.name):
+        reads = loads and settings.weights is None
+        held = hub.open_model(settings.name, base, schema, sizes["num_outputs"], settings.args, reads=reads)
+        model = held.model
+    else:
+        model = _built_in(settings, schema, sizes)
+    built = Built(model)
+    # a function made its own outputs, and may mean them: a single logit for two classes
+    begins_with = settings.weights not in (None, NO_WEIGHTS)
+    is_fitted = not is_code or settings.head or (begins_with and find_head(model))
+    if is_fitted and len(schema.targets) == 1:
+        _fit(built, held, sizes["num_outputs"], settings.head)
+    else:
+        built.head = settings.head or find_head(model)
+    if loads:
+        _load(built, held, settings, base)
+    if not is_code:
+        _put_in_units(built, schema)
+    return built
+
+
+def _built_in(settings: ModelSettings, schema: Schema, sizes: dict[str, Any]) -> nn.Module:
     builder = BUILT_IN.get(settings.name)
     if builder is None:
         raise ModelError(
             "there is no such model", where="model.name", got=repr(settings.name),
-            expected=f"one of {', '.join(BUILT_IN)}, or file.py:function",
+            expected=f"one of {', '.join(BUILT_IN)}, file.py:function, hf:NAME, timm:NAME or torchvision:NAME",
             fix=nearest(settings.name, list(BUILT_IN)),
         )  # fmt: skip
     _check_inputs(settings.name, schema, sizes)
-    return _in_units(_call(builder, settings, sizes | {"num_classes": sizes["num_outputs"]}), schema)
+    return _call(builder, settings, sizes)
 
 
-def _in_units(model: nn.Module, schema: Schema) -> nn.Module:
-    """A number is predicted in its own units: the last layer knows its mean and deviation."""
+def _fit(built: Built, held: hub.HubModel | None, num_outputs: int, name: str | None) -> None:
+    """The head for the data's outputs; where it is new, nothing of it was loaded."""
+    built.head, was_replaced, reason = fit_head(built.model, num_outputs, name)
+    if was_replaced:
+        built.notes.append(("head", built.head, reason, "model.head"))
+        if held is not None and held.absent is not None:
+            layer = find_head(built.model, built.head)
+            held.absent |= {f"{layer}.weight": "", f"{layer}.bias": ""}
+
+
+def _load(built: Built, held: hub.HubModel | None, settings: ModelSettings, base: Path) -> None:
+    if settings.weights not in (None, NO_WEIGHTS):
+        source = hub.placed(settings.weights or "", base)
+        built.report = load_weights(
+            built.model, source, rename=settings.rename, least_share=settings.weights_share, head=built.head
+        )
+    elif held is not None and held.absent is not None:
+        built.report = report_of(built.model, settings.name, held.absent, held.unexpected, built.head)
+        check_share(built.report, settings.weights_share)
+        check_finite(built.model.named_parameters(), settings.name)
+    if built.report is not None:
+        report = built.report
+        said = [*report.found, f"{report.trunk_share:.1%} of the parameters but the head's"]
+        if report.missing or report.other_shape:
+            said.append(f"not in them: {report.listed('missing', 'other_shape')}")
+        if report.reinitialised:
+            said.append(f"the head {built.head} is drawn anew")
+        built.notes.insert(0, ("weights", report.source, "; ".join(said), "model.weights"))
+
+
+def stated(settings: ModelSettings, base: Path | None) -> dict[str, Any]:
+    """What the model, or a hub's weights for it, say of their preprocessing, as keys of [data]; empty: nothing.
+
+    Raises:  ModelError where the library that knows it is missing
+    """
+    name = settings.name if hub.is_hub_name(settings.name) else settings.weights or ""
+    is_stated = name == settings.name or name.startswith(hub.HUB)
+    return hub.stated(name, base or Path()) if is_stated else {}
+
+
+def _put_in_units(built: Built, schema: Schema) -> None:
+    """A number is predicted in its own units: the head knows its mean and deviation."""
     target = next((schema[name] for name in schema.targets), None)
-    if target is not None and target.kind == "number" and (target.mean, target.std) != (0.0, 1.0):
-        name = "fc" if hasattr(model, "fc") else "head"
-        setattr(model, name, LinearInUnits(getattr(model, name), target.mean, target.std))
-    return model
+    if target is None or target.kind != "number" or (target.mean, target.std) == (0.0, 1.0):
+        return
+    name = find_head(built.model, built.head) or ""
+    layer = built.model.get_submodule(name)
+    if isinstance(layer, nn.Linear):
+        built.model.set_submodule(name, LinearInUnits(layer, target.mean, target.std))
 
 
 def _sizes(schema: Schema, cardinalities: Sequence[int]) -> dict[str, Any]:
     """What models are built with, as far as the data have it."""
     inputs = {key: schema[key] for key in schema.inputs}
     by_kind = {field.kind: field for field in inputs.values()}
-    sizes: dict[str, Any] = {"num_outputs": num_outputs(schema), "cardinalities": list(cardinalities)}
+    outputs = num_outputs(schema)
+    sizes: dict[str, Any] = {"num_outputs": outputs, "num_classes": outputs, "cardinalities": list(cardinalities)}
     if schema.preprocess is not None:
         sizes["in_channels"] = schema.preprocess.channels
     if "tokens" in by_kind:
@@ -93,6 +195,9 @@ def _sizes(schema: Schema, cardinalities: Sequence[int]) -> dict[str, Any]:
         sizes["per_token"] = any(schema[name].kind == "tokens" for name in schema.targets)
     if "audio" in by_kind and len(by_kind["audio"].shape or ()) == 2:
         sizes["num_mels"] = (by_kind["audio"].shape or (None,))[0]
+    image = by_kind["image"].shape or () if "image" in by_kind else ()
+    if len(image) == 3 and image[1] is not None and image[1] == image[2]:
+        sizes["image_size"] = image[1]
     shapes = [field.shape for key, field in inputs.items() if key != "categories"]
     known = [shape for shape in shapes if shape is not None and None not in shape]
     if len(known) == len(shapes):
@@ -103,6 +208,8 @@ def _sizes(schema: Schema, cardinalities: Sequence[int]) -> dict[str, Any]:
 _NEEDS = {
     "convnet": ("in_channels", "images"),
     "resnet18": ("in_channels", "images"),
+    "mobilenet_v2": ("in_channels", "images"),
+    "vit": ("image_size", "square images of one size"),
     "textconv": ("num_tokens", "texts"),
     "transformer": ("num_tokens", "texts"),
     "audioconv": ("num_mels", "recordings as log-mels"),
@@ -169,6 +276,8 @@ def _call(function: Callable[..., Any], settings: ModelSettings, sizes: dict[str
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
     "resnet18": ResNet18,
+    "mobilenet_v2": MobileNetV2,
+    "vit": VisionTransformer,
     "mlp": Mlp,
     "textconv": TextConv,
     "transformer": Transformer,

@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         self.head_width = width // heads
         self.embedding = _embedding(num_tokens, width, embedding_std)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(_Block(width, heads, dropout, per_token) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, per_token) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width if per_token else 2 * width, num_outputs)
 
@@ -90,8 +90,12 @@ class Transformer(nn.Module):
         return logits
 
 
-class _Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)): (B, T, C) → (B, T, C)."""
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)): (B, T, C) → (B, T, C).
+
+    ``rotation`` (2, T, D / 2): cosines and sines of each position; none where positions are in x. ``seen`` bool, to be
+    spread over (B, heads, T, T): which tokens count; none: all.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float, causal: bool):
         super().__init__()
@@ -102,12 +106,12 @@ class _Block(nn.Module):
         self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTC: Tensor, rotation: Tensor, seen: Tensor | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, rotation: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         x_BTC = x_BTC + self.dropout(self._attend(self.attention_norm(x_BTC), rotation, seen))
         mixed: Tensor = x_BTC + self.dropout(self.feed(self.feed_norm(x_BTC)))
         return mixed
 
-    def _attend(self, x_BTC: Tensor, rotation: Tensor, seen: Tensor | None) -> Tensor:
+    def _attend(self, x_BTC: Tensor, rotation: Tensor | None, seen: Tensor | None) -> Tensor:
         parts = self.queries_keys_values(x_BTC).unflatten(2, (3, self.heads, self.head_width))
         q_BHTD, k_BHTD, v_BHTD = parts.permute(2, 0, 3, 1, 4)
         found_BHTD = F.scaled_dot_product_attention(
@@ -131,7 +135,9 @@ def _rotation(x_BTC: Tensor, head_width: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()]).to(x_BTC.dtype)
 
 
-def _rotate(x_BHTD: Tensor, rotation: Tensor) -> Tensor:
+def _rotate(x_BHTD: Tensor, rotation: Tensor | None) -> Tensor:
+    if rotation is None:
+        return x_BHTD
     cos, sin = rotation
     left, right = x_BHTD.chunk(2, 3)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], 3).to(x_BHTD.dtype)

@@ -72,10 +72,11 @@ def _train(training: Training, prepared: Prepared) -> tuple[dict[str, float], st
         at = training.clock.state_dict()
         training.recorder.log("attempt_start", **at, from_step=training.clock.step, settings=prepared.work.resolved)
         reason = training.run()
-        best = training.checkpoints.best() if prepared.settings.early_stopping.restore_best else None
-        if best is not None:
-            put(prepared.work.model, training.checkpoints, best)
-        metrics = {**training.metrics, **_test(prepared, training)}
+        with training.signals.at_once("after the last step; the state is saved", training.go_on):
+            best = training.checkpoints.best() if prepared.settings.early_stopping.restore_best else None
+            if best is not None:
+                put(prepared.work.model, training.checkpoints, best)
+            metrics = {**training.metrics, **_test(prepared, training)}
         _record_end(training, "finished", metrics, reason)
     except BaseException as error:
         _record_failure(training, error)

@@ -17,6 +17,9 @@ Keys = str | Sequence[str]
 Inputs = Keys | Callable[[Batch], Any]
 Call = Callable[[Batch], Any]
 
+FEATURE = "feature."
+"""What begins the keys of a batch of features: what crosses the frontier of the frozen part, numbered."""
+
 _NOT_INPUT = (INDEX, VALID, "id")
 _OPTIONAL = ("attention_mask", "length")  # what padding adds: for models that ask for it
 
@@ -24,7 +27,8 @@ _OPTIONAL = ("attention_mask", "length")  # what padding adds: for models that a
 class Binding:
     """Calls the model with a batch, and finds the targets in it.
 
-    ``call(batch)`` runs the model; ``target(batch)`` gives a tensor, a dict of them where there are several, or None.
+    ``call(batch)`` runs the model, ``whole(batch)`` always all of it, on the ``keys`` of its inputs; ``target(batch)``
+    gives a tensor, a dict of them where there are several, or None.
 
     Raises:  SettingsError for a key that the batch does not have, ModelError where the inputs cannot be matched
     """
@@ -39,7 +43,13 @@ class Binding:
         self._gives_targets = False
         keys = [name for name in batch if name not in _NOT_INPUT]
         self.targets = _find_targets(batch, keys, known_targets, targets)
-        self.call, self.how = self._bind(batch, keys, inputs, with_targets, targets is not None)
+        self.keys: list[str] = []
+        self.whole, self.how = self._bind(batch, keys, inputs, with_targets, targets is not None)
+        self.call = self.whole
+
+    def shorten(self, rest: Call) -> None:
+        """Have batches of features go to what is left of the model behind them."""
+        self.call = lambda batch: rest(batch) if FEATURE + "0" in batch else self.whole(batch)
 
     def target(self, batch: Batch) -> Any:
         """The truth of a batch."""
@@ -52,6 +62,7 @@ class Binding:
     ) -> tuple[Call, str]:
         model = self.model
         if callable(inputs):
+            self.keys = [name for name in keys if name not in self.targets]
             return _bind_callable(model, inputs), "inputs=(a function)"
         if inputs is None:
             known = [*keys, *self._parameters] if self._takes_all else self._parameters
@@ -68,6 +79,7 @@ class Binding:
                 fix='inputs="NAME" names its key; a collate gives a dict of tensors',
             )  # fmt: skip
         keyword = self._keywords(names, with_targets)
+        self.keys = names if keyword is None else list(keyword.values())
         if keyword is not None:
             pairs = tuple(keyword.items())
             return (lambda batch: model(**{word: batch[name] for word, name in pairs})), ", ".join(

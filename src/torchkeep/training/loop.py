@@ -23,18 +23,19 @@ from ..errors import (
     LabelError,
     NonFiniteLossError,
     PreemptedError,
-    StorageError,
+    RunFailedError,
     TorchkeepError,
 )
 from ..keep.checkpoint import Checkpoints
 from ..keep.generators import generator_states, set_generator_states
 from ..keep.stopping import EarlyStopping, is_better
-from ..model.freeze import begin_training
+from ..model.freeze import FreezePlan, begin_training
 from ..watch.console import Console
 from ..watch.records import Recorder
 from .evaluate import Evaluation
 from .metrics import Adapted, Metric
 from .optim import Average
+from .prefix import Prefix
 from .recipe import RunSettings
 from .signals import Signals
 from .step import Stepper
@@ -74,6 +75,11 @@ class Parts(Protocol):
     best_metric: str | None
     stopper: EarlyStopping | None
     average: Average | None
+    plan: FreezePlan | None
+    prefix: Prefix | None
+
+    def loaders_at(self, epoch: int) -> tuple[Loader, Loader | None]: ...
+
     train_metrics: list[Metric | Adapted]
     objects: dict[str, Any]
 
@@ -89,9 +95,11 @@ class Training:
         self.loader, self.valid, self.log_every = parts.loader, parts.valid, parts.log_every
         self.total_steps, self.steps_per_epoch = parts.total_steps, parts.steps_per_epoch
         self.best_metric, self.stopper, self.average = parts.best_metric, parts.stopper, parts.average
-        self.train_metrics, self.objects = parts.train_metrics, parts.objects
+        self.train_metrics, self.objects, self.plan = parts.train_metrics, parts.objects, parts.plan
         self.checkpoints, self.recorder = checkpoints, recorder
         self.console, self.signals, self.go_on = console, signals, go_on
+        self._loaders_at, self._prefix = parts.loaders_at, parts.prefix
+        self._choose_loaders()
         self.best = Best()
         self.history: list[dict[str, Any]] = []
         self.metrics: dict[str, float] = {}
@@ -125,6 +133,10 @@ class Training:
         epochs = self.settings.train.epochs
         self.console.start(self.total_steps, self.clock.step, self.steps_per_epoch, epochs)
         begin_training(self.stepper.model)
+        if self.plan is not None:
+            self.plan.check()
+            if self._last_saved_step < 0:
+                self._record("trainable_map", rows=self.plan.map())
         with self.signals:
             try:
                 self._run_epochs()
@@ -145,11 +157,19 @@ class Training:
         epochs = self.settings.train.epochs
         while self.clock.epoch < epochs and self.clock.step < self.total_steps and not self._is_stopped:
             started = time.perf_counter()
+            self._choose_loaders()
             finished = self._epoch()
             self._end_epoch(finished, time.perf_counter() - started)
         if self.checkpoints.has_held or self._last_saved_step != self.clock.step:
             self.save()
         self.checkpoints.join()
+
+    def _choose_loaders(self) -> None:
+        """Those of the epoch under way: they change where more of the model learns than what was kept was made for."""
+        loader, valid = self._loaders_at(self.clock.epoch)
+        if loader is not self.loader:
+            loader.load_state_dict(self.loader.state_dict())
+            self.loader, self.valid = loader, valid
 
     @property
     def _is_stopped(self) -> bool:
@@ -177,6 +197,8 @@ class Training:
                 self._tick(now)
             if clock.step == last_of_epoch:
                 continue  # what is due is done at the epoch's end, after the evaluation
+            if self.plan is not None:
+                self._unfreeze(self.plan)
             self._leave_at_stop()
             if clock.step >= limit:
                 break  # the same
@@ -190,6 +212,10 @@ class Training:
         self._trained_s += time.perf_counter() - begun
         self._trained_samples += clock.samples - samples
         return clock.step == last_of_epoch
+
+    def _unfreeze(self, plan: FreezePlan) -> None:
+        if plan.advance(self.clock.epoch, self.clock.step):
+            self._record("trainable_map", rows=plan.map())
 
     def _steps_left(self) -> int:
         """Steps of the epoch under way."""
@@ -261,8 +287,12 @@ class Training:
 
     def _end_epoch(self, finished: bool, elapsed_s: float) -> None:
         """Evaluate, then let schedule, stopper and best know, then save: one state, of one step."""
+        if self.plan is not None:
+            self.plan.check()
         if finished:
             self.clock.epoch += 1
+            if self.average is not None and self.settings.train.swa and self.clock.epoch >= self.settings.train.swa:
+                self.average.update()
         self._log_point()
         mean = self._epoch_loss / self._epoch_samples if self._epoch_samples else math.nan
         self._epoch_loss, self._epoch_samples = 0.0, 0
@@ -279,6 +309,8 @@ class Training:
         row = {"epoch": self.clock.epoch, "step": self.clock.step, "samples": self.clock.samples, "metrics": measured}
         self.history.append(row)
         number = self.clock.epoch - 1 if finished else self.clock.epoch
+        if self.plan is not None:
+            self._unfreeze(self.plan)
         self.console.epoch(number, self.settings.train.epochs, measured, elapsed_s, is_best)
         self._leave_at_stop()
         self._save_after_epoch(is_best)
@@ -339,7 +371,7 @@ class Training:
         Its forward may have drawn, and moved statistics: the state is marked as one that goes on to other bits.
         """
         is_kept = self.settings.checkpoint.on_error == "save" and self.clock.step > self._last_saved_step
-        if is_kept and not isinstance(error, NonFiniteLossError | StorageError):
+        if is_kept and not isinstance(error, RunFailedError):
             self.save(exact=False)
             error.add_note(f"the state after step {self.clock.step} was saved, best-effort: {self.go_on}")
 
@@ -374,6 +406,7 @@ class Training:
             "optimizer": {
                 **self.stepper.optimizers.state_dict(),
                 "average": self.average.state_dict() if self.average else None,
+                "averaged": self.average.count if self.average else 0,
             },
             "rng": generator_states(),
             "objects": {name: dict(part.state_dict()) for name, part in self.objects.items()},
@@ -388,6 +421,7 @@ class Training:
             "epoch_loss": [self._epoch_loss, self._epoch_samples],
             "train_metrics": [metric.state_dict() for metric in self.train_metrics],
             "num_bad": self._num_bad,
+            "freeze": self.plan.state_dict() if self.plan else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -406,8 +440,10 @@ class Training:
             part.load_state_dict(state["objects"].get(name, {}))
         self.stepper.optimizers.load_state_dict(state["optimizer"])
         if self.average is not None:  # one that is new with this resume begins at the parameters as they are
-            self.average.load_state_dict(state["optimizer"]["average"] or state["model"])
+            saved = state["optimizer"]
+            self.average.load_state_dict(saved["average"] or state["model"], saved.get("averaged", 0))
         self.clock.load_state_dict(state["clock"])
+        self._choose_loaders()
         if self.data_changed:
             self._go_on_with_other_data()
         else:
@@ -421,6 +457,8 @@ class Training:
         for metric, saved in zip(self.train_metrics, state["train_metrics"], strict=True):
             metric.load_state_dict(saved)
         self._num_bad = state.get("num_bad", 0)
+        if self.plan is not None and state.get("freeze"):
+            self.plan.load_state_dict(state["freeze"])
         self._next_log = (self.clock.step // self.log_every + 1) * self.log_every
         self._last_saved_step = self.clock.step
         set_generator_states(state["rng"])  # last: nothing after this may draw

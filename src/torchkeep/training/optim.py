@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, SettingsError, TorchkeepError
 from ..keep.stopping import better_mode
-from ..model.freeze import learning
+from ..model.freeze import FreezePlan, decay_groups, learning
 from ..settings import Settings
 from ..usercode import is_reference
 
@@ -85,21 +85,26 @@ def _between(start: float, end: float, share: float) -> float:
 
 
 def make_optimizer(
-    model: nn.Module, settings: OptimizerSettings, fused: bool, load: Callable[[str], Any]
-) -> torch.optim.Optimizer:
+    model: nn.Module, settings: OptimizerSettings, fused: bool, load: Callable[[str], Any],
+    plan: FreezePlan | None = None,
+) -> torch.optim.Optimizer:  # fmt: skip
     """The optimiser that the settings name.
 
     Raises:  SettingsError if the name is unknown or nothing learns
     """
     if is_reference(settings.name):
-        return _checked(_made(settings.name, lambda: load(settings.name)(model)), settings.name)
+        given = _checked(_made(settings.name, lambda: load(settings.name)(model)), settings.name)
+        if plan is not None:
+            plan.adopt([given])
+        return given
     parameters = learning(model)
     if not parameters:
         raise SettingsError(
             "nothing in this model learns", where=type(model).__name__, got="no parameter with requires_grad",
             expected="at least one",
         )  # fmt: skip
-    groups = _decay_groups(parameters, settings)
+    chosen = (settings.weight_decay, settings.decay)
+    groups = plan.groups(model, settings.learning_rate, *chosen) if plan else decay_groups(parameters, *chosen)
     own: dict[str, dict[str, Any]] = {
         "adamw": {"betas": settings.betas, "eps": settings.eps},
         "sgd": {"momentum": settings.momentum, "nesterov": settings.nesterov},
@@ -132,18 +137,6 @@ def _made(name: str, make: Callable[[], Any]) -> Any:
 def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether one kernel can update all parameters: floating ones on devices that torch has it for."""
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in parameters)
-
-
-def _decay_groups(parameters: list[nn.Parameter], settings: OptimizerSettings) -> list[dict[str, Any]]:
-    if settings.decay == "all" or settings.weight_decay == 0:
-        return [{"params": parameters, "weight_decay": settings.weight_decay}]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _checked(optimizer: Any, where: str) -> torch.optim.Optimizer:
@@ -324,34 +317,48 @@ def _plain(value: Any) -> Any:
 
 
 class Average:
-    """An exponential moving average of the parameters; buffers follow the model (Polyak & Juditsky 1992).
+    """A moving average of the parameters, which evaluation and the best checkpoint's ``average`` use.
 
-    Evaluation and the best checkpoint's ``average`` use it: ``average = decay × average + (1 - decay) × parameters``.
+    With ``decay`` an exponential one: ``average = decay × average + (1 - decay) × parameters``; buffers follow the
+    model. Without it all that ``update`` sees weighs the same, running statistics of normalisation too.
+
+    Source:  Polyak & Juditsky 1992; equal weights: Izmailov et al. 2018 (arXiv 1803.05407)
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self._live = [p for p in model.parameters() if p.is_floating_point()]
-        places = {id(p): place for place, p in enumerate(self._live)}
-        named = model.named_parameters(remove_duplicate=False)  # a tied parameter is saved under each of its names
-        self._names = {name: places[id(p)] for name, p in named if id(p) in places}
-        self._kept = [p.detach().clone() for p in self._live]
-        self._decay = decay
+    def __init__(self, model: nn.Module, decay: float | None):
+        kind = Tensor if decay is None else nn.Parameter
+        named = model.state_dict(keep_vars=True)  # a tied parameter is saved under each of its names
+        held = {name: t for name, t in named.items() if isinstance(t, kind) and t.is_floating_point()}
+        distinct = list({id(t): t for t in held.values()}.values())
+        places = {id(t): place for place, t in enumerate(distinct)}
+        self._live = distinct
+        self._names = {name: places[id(t)] for name, t in held.items()}
+        self._kept = [t.detach().clone() for t in distinct]
+        self._decay, self.count = decay, 0
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self._kept, [p.detach() for p in self._live], 1.0 - self._decay)
+        self.count += 1
+        share = 1.0 / self.count if self._decay is None else 1.0 - self._decay
+        torch._foreach_lerp_(self._kept, [t.detach() for t in self._live], share)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averages and the model's parameters; a second call undoes it."""
+        if self._decay is None and not self.count:
+            return
         for live, kept in zip(self._live, self._kept, strict=True):
             held = live.detach().clone()
             live.copy_(kept)
             kept.copy_(held)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """The averages by name; None before there are any."""
+        if self._decay is None and not self.count:
+            return None
         return {name: self._kept[place] for name, place in self._names.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], count: int) -> None:
+        self.count = count
         for name, place in self._names.items():
             self._kept[place].copy_(state[name])

@@ -25,7 +25,8 @@ from ..data.streams import PROMISE, Stream
 from ..errors import ModelError, SettingsError
 from ..keep.checkpoint import Checkpoints
 from ..keep.stopping import EarlyStopping, Mode, better_mode
-from ..model.freeze import evaluating, learning
+from ..model.build import Built
+from ..model.freeze import FreezePlan, evaluating, learning
 from ..watch.console import Console
 from ..watch.records import Recorder
 from .binding import Binding, Inputs, Keys, batch_text
@@ -37,6 +38,7 @@ from .metrics import Accuracy, Adapted, ClassCounts, Metric, TopK, make_metrics
 from .mixing import Mixing, check_unmixed, make_mixing
 from .objective import Objective, check_fit, choose_objective, prediction_of
 from .optim import Average, Optimizers, can_fuse, make_optimizer, own_optimizers, rate_factor
+from .prefix import Planner, Prefix
 from .recipe import RunSettings
 from .signals import Signals
 from .step import Stepper, UserStep
@@ -79,6 +81,8 @@ class Work:
     is_recipe: bool = False
     weights: Any = None
     resolved: Json = None
+    built: Built | None = None
+    notes: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def fingerprints(self) -> dict[str, str]:
         """What names each split's content."""
@@ -103,6 +107,9 @@ class Prepared:
         if train.deterministic:
             torch.use_deterministic_algorithms(True)
         work.model.to(self.device)
+        for row in work.notes:
+            decisions.note(*row)
+        self.plan = self._freeze()
         self.loader = self._loader(work.train, shuffle=True, last=work.feeding.last, on_bad=work.feeding.on_bad)
         self.valid = self._loader(work.valid) if work.valid is not None else None
         self._note_feed()
@@ -130,7 +137,7 @@ class Prepared:
         self.optimizers = self._optimizers()
         self.objects = _stateful_objects(work)
         self._check_all_are_saved()
-        self.average = Average(work.model, train.ema) if train.ema else None
+        self.average = Average(work.model, train.ema) if train.ema or train.swa else None
         self.best_metric, self.best_mode = self._choose_best()
         self.stopper = self._stopper()
         self._note_saving()
@@ -148,7 +155,7 @@ class Prepared:
             seed=work.settings.seed,
             precision=self.precision,
             clip_norm=train.clip_norm,
-            average=self.average,
+            average=self.average if train.ema else None,
             metrics=self.train_metrics,
             user_step=work.step,
             mixing=self.mixing,
@@ -163,6 +170,18 @@ class Prepared:
             user_step=work.step,
             stepper=self.stepper,
         )
+
+    def _freeze(self) -> FreezePlan | None:
+        chosen = self.settings.freeze
+        if chosen is None:
+            return None
+        built = self.work.built
+        head = chosen.head or (built.head if built is not None else None)
+        plan = FreezePlan(**{**chosen.model_dump(mode="json"), "head": head})
+        plan.apply(self.work.model)
+        for row in plan.rows():
+            self.decisions.note(*row)
+        return plan
 
     def _make_train_metrics(self) -> list[Metric | Adapted]:
         train = self.work.settings.train
@@ -205,6 +224,49 @@ class Prepared:
             return workers, "auto"
         number, _, kind = str(recorded).partition(" ")
         return (int(number), "processes") if kind == "processes" else (0, "inline")
+
+    def shorten(self, say: Callable[[str], None]) -> None:
+        """Feed what the frozen part makes of each sample, computed once, where it can be and that pays.
+
+        For the epochs before anything more learns; what the disk keeps of it serves other runs too.
+        """
+        if all(parameter.requires_grad for parameter in self.work.model.parameters()) or self.work.step is not None:
+            return
+        work, settings = self.work, self.settings
+        planner = Planner(self, settings.features, settings.seed, say)
+        self._short_epochs = self._frozen_epochs()
+        self.prefix = planner.plan(work.train, work.valid, self._short_epochs, self._hindrance())
+        if self.prefix is not None:
+            self.binding.shorten(planner.rest(self.prefix.frontier))
+            train = self._loader(self.prefix.train, shuffle=True, last=work.feeding.last, on_bad="raise")
+            valid = self._loader(self.prefix.valid) if self.prefix.valid is not None else None
+            self._short = train, valid
+
+    def _hindrance(self) -> str:
+        """What keeps samples from being known by their number alone; empty for nothing."""
+        work = self.work
+        found = {
+            "a collate of your own": work.collate is not None,
+            "inputs are mixed": self.mixing is not None,
+            "a stream has no samples by number": isinstance(work.train, Stream),
+            'samples that cannot be read are replaced: data.on_bad = "raise"': work.feeding.on_bad != "raise",
+            "nothing is frozen for a whole epoch": not self._short_epochs,
+        }
+        return next((reason for reason, is_so in found.items() if is_so), "")
+
+    def _frozen_epochs(self) -> int:
+        """Whole epochs, from the first, in which nothing more learns than at the start."""
+        epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        later = [begin for begin, _ in self.plan.spans if begin != (0, 0)] if self.plan is not None else []
+        return min([epochs, *(epoch or step // self.steps_per_epoch for epoch, step in later)])
+
+    def loaders_at(self, epoch: int) -> tuple[Loader, Loader | None]:
+        """What feeds an epoch and its evaluation: the samples, or what is kept of their frozen part."""
+        return self._short if self._short is not None and epoch < self._short_epochs else (self.loader, self.valid)
+
+    _short: tuple[Loader, Loader | None] | None = None
+    _short_epochs = 0
+    prefix: Prefix | None = None
 
     def evaluation_loader(self, data: KeyedDataset) -> Loader:
         """A loader over a split, in order."""
@@ -338,8 +400,10 @@ class Prepared:
         work, settings = self.work, self.work.settings.optimizer
         if work.optimizer is not None and not isinstance(work.optimizer, str):
             by_name = own_optimizers(work.optimizer, work.model)
+            if self.plan is not None:
+                self.plan.adopt(by_name.values(), is_scheduled=hasattr(work.schedule, "state_dict"))
         else:
-            by_name = {"main": make_optimizer(work.model, settings, self._choose_fused(), work.load)}
+            by_name = {"main": make_optimizer(work.model, settings, self._choose_fused(), work.load, self.plan)}
             if settings.name in ("adamw", "sgd") and settings.weight_decay and settings.decay == "matrices":
                 self.decisions.note(
                     "weight decay", "matrices only", "biases and normalisation are left out", "optimizer.decay"
@@ -436,6 +500,8 @@ class Prepared:
     def close(self) -> None:
         """End the loaders' workers, and leave torch's own settings as they were."""
         torch.use_deterministic_algorithms(self._was_deterministic)
+        if self.plan is not None:
+            self.plan.release()
         self.loader.close()
         if self.valid is not None:
             self.valid.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field as Setting
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from ..contracts import Json
 from ..data.sources import DataSettings
@@ -14,8 +14,10 @@ from ..errors import SettingsError
 from ..keep.checkpoint import CheckpointSettings
 from ..keep.stopping import EarlyStoppingSettings
 from ..model.build import ModelSettings
+from ..model.freeze import FreezeSettings
 from ..settings import Settings, check, override, read_toml
 from ..watch.records import MonitorSettings
+from .features import FeatureSettings
 from .metrics import check_metric_name
 from .optim import OptimizerSettings
 
@@ -57,6 +59,14 @@ class TrainSettings(Settings):
     """Batches (one backward each) for one update."""
     ema: float | None = Setting(default=None, gt=0, lt=1)
     """Decay of a moving average of the parameters, which evaluation then uses."""
+    swa: int | None = Setting(default=None, gt=0)
+    """The first epoch (counted from 1) at whose end the parameters join an average of equal weights, which is used."""
+
+    @model_validator(mode="after")
+    def _one_average(self) -> TrainSettings:
+        if self.ema and self.swa:
+            raise ValueError("one average: ema or swa")
+        return self
 
     @field_validator("metrics")
     @classmethod
@@ -73,6 +83,10 @@ class RunSettings(Settings):
     """What the run's folder is called."""
     seed: int = 0
     """What every draw is keyed by."""
+    features: FeatureSettings = Setting(default_factory=FeatureSettings)
+    """What a frozen part makes of each sample, computed once."""
+    freeze: FreezeSettings | None = None
+    """Which parts stay as they are, for how long, and how fast they learn afterwards."""
     optimizer: OptimizerSettings = Setting(default_factory=OptimizerSettings)
     """The update, its rate over time, and weight decay."""
     train: TrainSettings = Setting(default_factory=TrainSettings)

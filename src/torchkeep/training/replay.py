@@ -49,6 +49,7 @@ def replay(prepared: Prepared, folder: RunFolder) -> Replay:
     """
     held = Checkpoints(folder.checkpoints)
     first, last = _stretch(held.rows(), folder)
+    prepared.shorten(lambda _: None)
     with tempfile.TemporaryDirectory() as place:
         nowhere = _Nowhere(place, metric=prepared.best_metric, mode=prepared.best_mode)
         recorder = Recorder(Path(place) / "records.jsonl", attempt=0)

@@ -17,7 +17,7 @@ from .provenance import environment
 CHANGES = ("data",)
 """What may be said to have changed: everything else either changes no bit, or is said and goes on best-effort."""
 
-_CHANGES_NO_BIT = ("data.workers", "data.on_bad", "checkpoint.", "monitor.", "name")
+_CHANGES_NO_BIT = ("data.workers", "data.on_bad", "features.verify", "checkpoint.", "monitor.", "name")
 
 
 @dataclass

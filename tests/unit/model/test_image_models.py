@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from torchkeep.errors import ModelError
-from torchkeep.model.images import ConvNet, ResNet18, Stem
+from torchkeep.model.images import ConvNet, MobileNetV2, ResNet18, Stem, VisionTransformer
+from torchkeep.usercode import load_function, read_reference
+
+SHARED = Path(__file__).parents[3] / "../shared"
 
 
 def norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -75,6 +80,47 @@ def test_a_residual_block_without_its_branch_is_the_way_around() -> None:
 def test_an_unknown_stem_is_named() -> None:
     with pytest.raises(ModelError, match="no such stem"):
         ResNet18(3, 2, "tiny")  # type: ignore[arg-type]
+
+
+def test_mobilenet_v2_has_the_names_and_the_bits_of_the_usual_file() -> None:
+    if not (SHARED / "models/mobilenet_v2.py").is_file():
+        pytest.skip("the folders shared/models and shared/data beside the repository are missing")
+    reference = load_function(read_reference("models/mobilenet_v2.py:build", SHARED))()
+    weights = torch.load(SHARED / "data/weights/mobilenet_v2.pth", weights_only=True, mmap=True)
+    model = MobileNetV2(3, 1000)
+    assert [(name, value.shape) for name, value in model.state_dict().items()] == [
+        (name, value.shape) for name, value in weights.items()
+    ]
+    model.load_state_dict(weights)
+    reference.load_state_dict(weights)
+    image = torch.randn(2, 3, 96, 96)
+    assert torch.equal(model.eval()(image), reference.eval()(image))
+
+
+def test_mobilenet_v2_has_as_many_parameters_as_torchvision_counts() -> None:
+    assert sum(p.numel() for p in MobileNetV2(3, 1000).parameters()) == 3_504_872
+
+
+@pytest.mark.parametrize(("size", "patch", "tokens"), [(16, None, 16), (96, None, 36), (28, 7, 16)])
+def test_a_vit_parts_an_image_into_patches(size: int, patch: int | None, tokens: int) -> None:
+    model = VisionTransformer(3, 5, size, patch, width=24, depth=1).eval()
+    assert model.positions.shape == (1, tokens, 24)
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("options", [{"image_size": 30}, {"image_size": 28, "heads": 5}])
+def test_a_vit_says_what_does_not_part_evenly(options: dict[str, int]) -> None:
+    with pytest.raises(ModelError, match="does not part evenly"):
+        VisionTransformer(3, 5, **options)
+
+
+def test_a_vit_sees_where_a_patch_is_and_all_of_it_learns() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(3, 5, 16, width=24, depth=2).eval()
+    image = torch.randn(2, 3, 16, 16)
+    assert not torch.allclose(model(image), model(image.flip(3)), atol=1e-4)
+    model(image).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if not p.grad.abs().sum()] == []
 
 
 @pytest.mark.parametrize("size", [(5, 5), (28, 28), (33, 47)])

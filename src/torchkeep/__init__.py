@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .model.weights import load_weights
     from .running import BestPoint, Run
     from .training.survey import survey
+    from .transfer import fine_tune
 
 __version__ = "0.1.0"
 
@@ -48,7 +49,7 @@ _PLACES = {
     "split": "data.splits", "survey": "training.survey",
     "Interrupted": "errors", "PreemptedError": "errors", "TorchkeepError": "errors",
     "Checkpoints": "keep.checkpoint", "EarlyStopping": "keep.stopping", "FreezePlan": "model.freeze",
-    "load_weights": "model.weights",
+    "load_weights": "model.weights", "fine_tune": "transfer",
     "generator_states": "keep.generators", "set_generator_states": "keep.generators",
 }  # fmt: skip
 
@@ -56,8 +57,8 @@ __all__ = [
     "Arrays", "AudioFolder", "AudioTable", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "FreezePlan",
     "HubDataset", "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Part",
     "PreemptedError", "Run", "Stream", "Table", "TextBlocks", "TextFolder", "TextTable", "TorchkeepError", "evaluate",
-    "fit", "generator_states", "inspect", "load_weights", "open_run", "predict", "resume", "runs", "set_generator_states",
-    "split", "survey", "train",
+    "fine_tune", "fit", "generator_states", "inspect", "load_weights", "open_run", "predict", "resume", "runs",
+    "set_generator_states", "split", "survey", "train",
 ]  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def _found_at(data: Any, loc: tuple[str | int, ...]) -> tuple[list[str], Any]:
     """
     path: list[str] = []
     for part in loc:
-        is_section = isinstance(data, list) and isinstance(part, int) and isinstance(data[part], dict)
+        is_section = isinstance(data, list) and isinstance(part, int) and isinstance((data[part:] or [0])[0], dict)
         if not is_section and (not isinstance(data, dict) or part not in data):
             break
         path.append(str(part))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from source import ROOT, Module, read_house
 
-HOUSE_LINES = 15_000  # of code
+HOUSE_LINES = 18_000  # of code: datasets of four kinds, checkpoints and transfer take 16
 FILE_LINES = 600
 FUNCTION_LINES = 90
 MEDIAN_BODY_LINES = 10

@@ -14,6 +14,7 @@ from source import ROOT, Import, Module, imports_of, read_house
 # The reading order of the root: each may import only what stands before it.
 READING_ORDER = [
     "errors",
+    "packages",
     "contracts",
     "chance",
     "gradients",

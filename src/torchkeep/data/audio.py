@@ -16,13 +16,14 @@ import torch
 from ..chance import ChanceKey
 from ..contracts import Batch, Field, Sample
 from ..errors import BadSampleError, SettingsError
+from ..packages import package_of
 from .blobs import Blobs, Cells, FolderRows, FrameRows, ListedFiles, folder_of
 from .dataset import Filling, Indices, target_of, whole_of
 from .frames import Form, Source, read_frame, where_of
 from .index import Layout, list_folder
 from .labels import LabelledData, Labels, labels_of_classes, labels_of_column
 from .mel import POWER_FLOOR, log_mel, num_frames
-from .samples import package_of, padded
+from .samples import padded
 from .sounds import Augmentation, SoundAugmentations
 
 Wave = np.ndarray[Any, np.dtype[np.float32]]

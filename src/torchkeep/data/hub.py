@@ -21,11 +21,11 @@ import pyarrow.compute as pc
 from ..chance import ChanceKey, keyed_seed
 from ..contracts import KeyedDataset, Sample
 from ..errors import DataError, nearest
+from ..packages import package_of
 from .dataset import Part
 from .frames import Frame, is_text, where_of
 from .kinds import Kind, table_of
 from .labels import hub_features, hub_names
-from .samples import package_of
 from .streams import Stream
 from .tables import Table
 from .text import Texts

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .samples import package_of
+from ..packages import package_of
 
 F32 = np.ndarray[Any, np.dtype[np.float32]]
 F64 = np.ndarray[Any, np.dtype[np.float64]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from ..contracts import Batch, Field, Preprocess, Sample, Schema
-from ..errors import BadSampleError, DataError, SettingsError
+from ..errors import BadSampleError, DataError
 
 _LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 TARGETS = ("label", "target", "labels", "targets", "y")
@@ -157,19 +156,6 @@ def absorb(digest: Any, value: Any) -> None:
         digest.update(value.tobytes())
     else:
         digest.update(type(value).__qualname__.encode())
-
-
-def package_of(name: str, extra: str, where: str = "") -> Any:
-    """A package that only some kinds of data need.
-
-    Raises:  SettingsError naming the extra that brings it
-    """
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # soundfile brings a library of the system's, and says OSError
-        raise SettingsError(
-            f"this needs the package {name}", where=where or name, got=error, fix=f'pip install "torchkeep[{extra}]"'
-        ) from error
 
 
 def called(entry: Any, sample: Sample, rng: np.random.Generator, where: str) -> Any:

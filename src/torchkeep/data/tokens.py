@@ -21,7 +21,7 @@ import xxhash
 
 from ..contracts import Json
 from ..errors import DataError, SettingsError, nearest
-from .samples import package_of
+from ..packages import package_of
 
 WORD = r"\w+(?:['\u2019]\w+)*|[^\w\s\ud800-\udfff]"
 """What a word is: letters, digits and _, joined by inner apostrophes; any other sign, but for space, stands alone."""

@@ -90,8 +90,9 @@ class Flow(TorchFunctionMode):
         self.calls: Counter[str] = Counter()
         self._skippable = _skippable(model) - refused
         self._buffers = set(map(id, model.buffers()))
+        self._learning = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
         self._by_id: dict[int, Node] = {}
-        self._writers: dict[int, Node] = {}  # memory → what was last written into it
+        self._writers: dict[int, tuple[Node, int]] = {}  # memory → what was last written into it, and that version
         self._path = [""]
         self._skipping = ""
 
@@ -116,8 +117,8 @@ class Flow(TorchFunctionMode):
 
     def _node(self, tensor: Tensor) -> Node | None:
         """What is known of a tensor. One that was written into goes by an older name: then the write is really done."""
-        node, writer = self._by_id.get(id(tensor)), self._writers.get(memory(tensor))
-        if writer is None or writer is node or (node is not None and node.version >= writer.version):
+        node, (writer, version) = self._by_id.get(id(tensor)), self._writers.get(memory(tensor), (None, 0))
+        if writer is None or writer is node or (node is not None and node.version >= version):
             return node
         if writer.event is not None:
             if writer.event.is_call:
@@ -185,7 +186,9 @@ class Flow(TorchFunctionMode):
         """Why what a function gives is not frozen, beyond what went in."""
         given, path = tensors((args, kwargs)), self._path[-1]
         place = f"{path or 'the model'} ({type(self.modules[path]).__name__})"
-        if any(tensor.requires_grad for tensor in [*given, *made]):
+        if any(tensor.requires_grad for tensor in [*given, *made]) or any(
+            isinstance(tensor, nn.Parameter) and tensor.data_ptr() in self._learning for tensor in given
+        ):
             return f"{place} learns"
         if func is F.batch_norm and kwargs.get("training", args[5] if len(args) > 5 else False):
             is_frozen = any(isinstance(tensor, nn.Parameter) for tensor in given)
@@ -205,7 +208,7 @@ class Flow(TorchFunctionMode):
         self.used += [node for node in used if node.event is not None]
         for tensor in [*outputs, *written]:
             self._add(tensor, None)
-        self._writers |= {memory(tensor): self._by_id[id(tensor)] for tensor in written}
+        self._writers |= {memory(tensor): (self._by_id[id(tensor)], tensor._version) for tensor in written}
 
     def _event(self, func: Any, place: str, parents: list[Node], given: list[tuple[Tensor, int]], result: Any) -> Any:
         """What is frozen, or as good as the input. What is written in place gets a new name: by which is it used?"""
@@ -219,7 +222,8 @@ class Flow(TorchFunctionMode):
         event = Event(func, place, parents, keys, is_heavy, is_frozen, leaves, spec)
         self.events.append(event)
         made = [self._add(leaf, event) for leaf in tensors(leaves)]
-        self._writers |= {memory(t): made[0] if made else self._add(t, event) for t in _written(given)}
+        for tensor in _written(given):
+            self._writers[memory(tensor)] = made[0] if made else self._add(tensor, event), tensor._version
         return pytree.tree_unflatten(leaves, spec)
 
 
@@ -232,13 +236,11 @@ def _written(given: list[tuple[Tensor, int]]) -> list[Tensor]:
 
 
 def _skippable(model: nn.Module) -> set[str]:
-    """Modules with parameters of which none learns (or is the memory of one that does), in eval, without hooks."""
-    learning = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
+    """Modules with parameters of which none learns, in eval mode and without hooks."""
 
     def is_frozen(module: nn.Module) -> bool:
-        parameters = list(module.parameters())
-        is_still = not any(below.training or _is_hooked(below) for below in module.modules())
-        return is_still and bool(parameters) and not any(p.data_ptr() in learning for p in parameters)
+        learns = [parameter.requires_grad for parameter in module.parameters()]
+        return bool(learns) and not any(learns) and not any(m.training or _is_hooked(m) for m in module.modules())
 
     return {path for path, module in model.named_modules() if is_frozen(module)}
 

@@ -341,7 +341,9 @@ class _Cut:
 
     def frontier(self) -> Frontier:
         if not self.kept:
-            cause, was_frozen = next(iter(self.flow.limits), ("no frozen module sees the input", True))
+            cause, was_frozen = next(
+                iter(self.flow.limits), ("what learns uses nothing that frozen modules give", True)
+            )
             raise NoFrontierError(cause if was_frozen else f"{cause}, on the raw input")
         there, kept = self._there(self.kept), [node for node in self.nodes if node in self.kept]
         slots = {id(node.tensor): _Slot(place) for place, node in enumerate(kept)}

@@ -6,7 +6,6 @@ A transformers model keeps its own parameter names and gets a forward that takes
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contracts import Schema
-from ..errors import ModelError, nearest
+from ..errors import ModelError, SettingsError, nearest
+from ..packages import package_of
 from ..tensors import read_json
 
 HubKind = Literal["image", "tokens", "audio"]
@@ -60,7 +60,10 @@ def open_model(
         return _transformers(name, _place(called, base), kind, schema, {"num_labels": num_outputs, **args}, reads)
     if kind != "image":
         raise ModelError(f"{library} has models of images", where=f"model.name = {name!r}", got=f"data of {kind}")
-    package, channels = _package(library, library, name), schema.preprocess.channels if schema.preprocess else 3
+    package, channels = (
+        package_of(library, library, f"model.name = {name!r}"),
+        schema.preprocess.channels if schema.preprocess else 3,
+    )
     listed = package.list_models if library == "timm" else package.models.list_models
     with _explained(name, "a name that the library knows", nearest(called, listed())):
         if library == "timm":
@@ -78,7 +81,7 @@ def stated(name: str, base: Path) -> dict[str, Any]:
     library, _, called = name.partition(":")
     if library == "hf":
         return _stated_by_files(_place(called, base), called, base)
-    package = _package(library, library, name)
+    package = package_of(library, library, f"model.name = {name!r}")
     with _explained(name, "a name that the library knows"):
         if library == "timm":
             held = package.models.get_pretrained_cfg(called)
@@ -95,7 +98,7 @@ def fetched(name: str) -> Path:
     place = _place(name.removeprefix(HUB), Path())
     if Path(place).is_dir():
         return Path(place)
-    hub = _package("huggingface_hub", "hf", name)
+    hub = package_of("huggingface_hub", "hf", f"model.name = {name!r}")
     with _explained(name, "a folder, or a name that the hub or its cache on this machine knows"):
         for patterns in _WEIGHT_FILES:
             folder = Path(hub.snapshot_download(place, allow_patterns=patterns))
@@ -123,7 +126,7 @@ def _kind_of(name: str, schema: Schema) -> HubKind:
 
 
 def _transformers(name: str, place: str, kind: HubKind, schema: Schema, args: dict[str, Any], reads: bool) -> HubModel:
-    package, (task, mapping, main_input) = _package("transformers", "hf", name), _TASKS[kind]
+    package, (task, mapping, main_input) = package_of("transformers", "hf", f"model.name = {name!r}"), _TASKS[kind]
     with _silent(package), _explained(name, "a folder that save_pretrained wrote, or a name that the hub knows"):
         options: dict[str, Any] = {"trust_remote_code": False}
         config, unused = package.AutoConfig.from_pretrained(place, return_unused_kwargs=True, **options, **args)
@@ -287,7 +290,7 @@ def _file_of(place: str, file: str) -> dict[str, Any]:
     """A JSON file of a model; empty where it has none."""
     path = Path(place) / file
     if not Path(place).is_dir():
-        hub = _package("huggingface_hub", "hf", place)
+        hub = package_of("huggingface_hub", "hf", f"model.name = {place!r}")
         try:
             path = Path(hub.hf_hub_download(place, file))
         except Exception:  # not there, no network, no such name: whoever needs it says so
@@ -296,21 +299,11 @@ def _file_of(place: str, file: str) -> dict[str, Any]:
     return held if isinstance(held, dict) else {}
 
 
-def _package(package: str, extra: str, name: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except (ImportError, OSError, RuntimeError) as error:  # a torchvision of another torch says RuntimeError
-        raise ModelError(
-            f"this needs the package {package}", where=f"model.name = {name!r}", got=error,
-            fix=f"pip install 'torchkeep[{extra}]'",
-        ) from error  # fmt: skip
-
-
 @contextlib.contextmanager
 def _explained(name: str, expected: str, fix: str = "") -> Iterator[None]:
     try:
         yield
-    except ModelError:
+    except (ModelError, SettingsError):
         raise
     except Exception as error:  # whatever the library, the hub, the network or the files bring
         said = str(error).strip().partition("\n")[0]

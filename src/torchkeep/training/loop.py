@@ -215,6 +215,8 @@ class Training:
 
     def _unfreeze(self, plan: FreezePlan) -> None:
         if plan.advance(self.clock.epoch, self.clock.step):
+            if self.average is not None:
+                self.average.follow()
             self._record("trainable_map", rows=plan.map())
 
     def _steps_left(self) -> int:
@@ -439,6 +441,8 @@ class Training:
         for name, part in self.objects.items():
             part.load_state_dict(state["objects"].get(name, {}))
         self.stepper.optimizers.load_state_dict(state["optimizer"])
+        if self.plan is not None and state.get("freeze"):
+            self.plan.load_state_dict(state["freeze"])
         if self.average is not None:  # one that is new with this resume begins at the parameters as they are
             saved = state["optimizer"]
             self.average.load_state_dict(saved["average"] or state["model"], saved.get("averaged", 0))
@@ -457,8 +461,6 @@ class Training:
         for metric, saved in zip(self.train_metrics, state["train_metrics"], strict=True):
             metric.load_state_dict(saved)
         self._num_bad = state.get("num_bad", 0)
-        if self.plan is not None and state.get("freeze"):
-            self.plan.load_state_dict(state["freeze"])
         self._next_log = (self.clock.step // self.log_every + 1) * self.log_every
         self._last_saved_step = self.clock.step
         set_generator_states(state["rng"])  # last: nothing after this may draw

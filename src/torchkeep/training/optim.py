@@ -335,12 +335,20 @@ class Average:
         self._names = {name: places[id(t)] for name, t in held.items()}
         self._kept = [t.detach().clone() for t in distinct]
         self._decay, self.count = decay, 0
+        self.follow()
+
+    def follow(self) -> None:
+        """See anew what learns: an average of what stays may not even change a sign of zero."""
+        moves = [t.requires_grad or not isinstance(t, nn.Parameter) for t in self._live]
+        pairs = [pair for pair, is_moving in zip(zip(self._kept, self._live, strict=True), moves, strict=True)
+                 if is_moving]  # fmt: skip
+        self._moving = [kept for kept, _ in pairs], [live.detach() for _, live in pairs]
 
     @torch.no_grad()
     def update(self) -> None:
         self.count += 1
         share = 1.0 / self.count if self._decay is None else 1.0 - self._decay
-        torch._foreach_lerp_(self._kept, [t.detach() for t in self._live], share)
+        torch._foreach_lerp_(*self._moving, share)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -362,3 +370,4 @@ class Average:
         self.count = count
         for name, place in self._names.items():
             self._kept[place].copy_(state[name])
+        self.follow()

@@ -230,9 +230,9 @@ class Prepared:
 
         For the epochs before anything more learns; what the disk keeps of it serves other runs too.
         """
-        if all(parameter.requires_grad for parameter in self.work.model.parameters()) or self.work.step is not None:
-            return
         work, settings = self.work, self.settings
+        if settings.features.cache != "on" and all(p.requires_grad for p in work.model.parameters()):
+            return
         planner = Planner(self, settings.features, settings.seed, say)
         self._short_epochs = self._frozen_epochs()
         self.prefix = planner.plan(work.train, work.valid, self._short_epochs, self._hindrance())
@@ -246,6 +246,7 @@ class Prepared:
         """What keeps samples from being known by their number alone; empty for nothing."""
         work = self.work
         found = {
+            "a step of your own": work.step is not None,
             "a collate of your own": work.collate is not None,
             "inputs are mixed": self.mixing is not None,
             "a stream has no samples by number": isinstance(work.train, Stream),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchkeep.contracts import Field, Preprocess, Schema
-from torchkeep.errors import ModelError
+from torchkeep.errors import ModelError, SettingsError
 from torchkeep.model.build import Built, LinearInUnits, ModelSettings, build_model, stated
 from torchkeep.settings import check
 from torchkeep.training.binding import Binding
@@ -304,9 +304,9 @@ def test_the_other_libraries_where_they_can_be_imported(name: str, package: str)
     try:
         __import__(package)
     except (ImportError, OSError, RuntimeError):
-        with pytest.raises(ModelError, match=f"needs the package {package}") as caught:
+        with pytest.raises(SettingsError, match=f"needs the package {package}") as caught:
             build(name, "image")
-        assert caught.value.fix == f"pip install 'torchkeep[{package}]'"
+        assert caught.value.fix == f'pip install "torchkeep[{package}]"'
         pytest.skip(f"{package} cannot be imported here")
     built = build(name, "image", weights="none")
     assert built.head == "fc"

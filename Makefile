@@ -13,7 +13,7 @@ endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
-BENCHES = $(filter-out bench/measure.py bench/works.py bench/feeding.py,$(wildcard bench/*.py))
+BENCHES = $(filter-out bench/measure.py bench/works.py bench/feeding.py bench/transferring.py,$(wildcard bench/*.py))
 
 .PHONY: help setup train test torture check bench format clean
 .NOTPARALLEL:

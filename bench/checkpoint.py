@@ -30,9 +30,8 @@ from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
 
-from feed import between, pairs
 from feeding import NUM_CORES, ROWS_A_BATCH, make_rows, mapped_rows
-from measure import RESULTS, ROOT, interleave, machine_facts, summary, write_result
+from measure import RESULTS, ROOT, between, interleave, machine_facts, pairs, print_bars, summary, write_result
 from works import answer_of
 
 STATE = (832, 12)  # width and blocks
@@ -493,17 +492,6 @@ def against_bars(result: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def print_bars(found: dict[str, float]) -> None:
-    print()
-    for name, (bar, is_least) in BARS.items():
-        if name not in found:
-            print(f"{name:<55} {'not measured':>12}")
-            continue
-        is_met = found[name] >= bar if is_least else found[name] <= bar
-        sign = "at least" if is_least else "at most"
-        print(f"{name:<55} {found[name]:>12.3f}   {sign} {bar:<6g} {'ok' if is_met else 'below the bar'}")
-
-
 # The whole of it
 
 
@@ -567,7 +555,7 @@ def main() -> None:
         if not chosen.quick:  # each part is a run of its own, and keeps what it was measured on
             found = against_bars({name: row["found"] for name, row in known.items()})
             write_result("checkpoint", {"cores": NUM_CORES, "bars": BARS, "against_bars": found, "parts": known})
-    print_bars(against_bars(result))
+    print_bars(against_bars(result), BARS)
     if not chosen.quick:
         print(f"\nwritten to {kept.relative_to(ROOT)}")
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import feeding
 from feeding import DATALOADER, DATALOADER_ALONE, HYMENOPTERA, INDEX_SELECT, KINDS, MANY_WORKERS, NUM_CORES
-from measure import RESULTS, ROOT, interleave, machine_facts, summary, write_result
+from measure import RESULTS, ROOT, between, interleave, machine_facts, pairs, print_bars, summary, write_result
 from works import ONE_THREAD, LeftOut, Work, answer_of, folder_samples, serve
 
 NEEDED = {"images": HYMENOPTERA, "memory": feeding.FASHION, "first": HYMENOPTERA}
@@ -70,12 +70,6 @@ def feed_rates(kind: str, chosen: argparse.Namespace, folder: Path) -> dict[str,
         "rate_to": {name: pairs(rates[name], rates) for name in rates if name.startswith("torchkeep")},
         "cpu_to": {"torchkeep": pairs(cpu_s["torchkeep"], cpu_s)},
     }
-
-
-def pairs(ours: list[float], found: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """The ratio to each work, a pair from each round."""
-    others = {name: its for name, its in found.items() if its is not ours}
-    return {name: summary([a / b for a, b in zip(ours, its, strict=True)]) for name, its in others.items()}
 
 
 def check_equal(kind: str, works: dict[str, Work]) -> None:
@@ -173,10 +167,6 @@ def print_feeds(kind: str, result: dict[str, Any]) -> None:
         print(f"{name:<36} left out: {why}")
 
 
-def between(row: dict[str, Any]) -> str:
-    return f"{row['median']:.2f} ({row['median_95'][0]:.2f}-{row['median_95'][1]:.2f})"
-
-
 def print_first(result: dict[str, Any]) -> None:
     first, memory = result["first"], result["memory"]
     print(f"\nfirst batch of {first['files']:,} files, s (listed once in {first['listed_s']:.2f} s)")
@@ -231,17 +221,6 @@ def against_bars(result: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def print_bars(found: dict[str, float]) -> None:
-    print()
-    for name, (bar, is_least) in BARS.items():
-        if name not in found:
-            print(f"{name:<50} {'not measured':>12}")
-            continue
-        is_met = found[name] >= bar if is_least else found[name] <= bar
-        sign = "at least" if is_least else "at most"
-        print(f"{name:<50} {found[name]:>12.3f}   {sign} {bar:<6g} {'ok' if is_met else 'below the bar'}")
-
-
 def measure(chosen: argparse.Namespace, kinds: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for kind in kinds:
@@ -287,7 +266,7 @@ def main() -> None:
     facts = machine_facts()
     print(f"{facts['cpu']}, {NUM_CORES} cores, load {facts['load_1min']}, torch {facts['versions']['torch']}")
     result = measure(chosen, kinds)
-    print_bars(against_bars(result))
+    print_bars(against_bars(result), BARS)
     if chosen.quick or kinds != ["images", "memory", "first", "growth"]:
         print(f"\nnothing is written to {RESULTS.relative_to(ROOT)}: this was not the whole of it")
         return

@@ -116,6 +116,28 @@ def _median_interval(values: list[float]) -> tuple[float, float]:
     return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
 
 
+def pairs(ours: list[float], found: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """The ratio to each work, a pair from each round."""
+    others = {name: its for name, its in found.items() if its is not ours}
+    return {name: summary([a / b for a, b in zip(ours, its, strict=True)]) for name, its in others.items()}
+
+
+def between(row: dict[str, Any]) -> str:
+    return f"{row['median']:.2f} ({row['median_95'][0]:.2f}-{row['median_95'][1]:.2f})"
+
+
+def print_bars(found: dict[str, float], bars: dict[str, tuple[float, bool]]) -> None:
+    """Each figure beside its bar: the value, and whether the figure must be at least that."""
+    print()
+    for name, (bar, is_least) in bars.items():
+        if name not in found:
+            print(f"{name:<55} {'not measured':>12}")
+            continue
+        is_met = found[name] >= bar if is_least else found[name] <= bar
+        sign = "at least" if is_least else "at most"
+        print(f"{name:<55} {found[name]:>12.3f}   {sign} {bar:<6g} {'ok' if is_met else 'below the bar'}")
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Keep a result, with the machine that it was measured on, as bench/results/NAME.json."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .contracts import Json
 from .data.cache import Wanted
 from .data.foreign import as_dataset
 from .data.reading import OnBad
@@ -34,13 +35,14 @@ from .running import (
 from .settings import check
 from .share.predict import Prediction
 from .training.decisions import Decisions
+from .training.prefix import GAIN
 from .training.prepare import Feeding, Prepared, Work, describe_object
 from .training.recipe import RunSettings, read_recipe
 from .training.replay import Replay, replay
 from .training.resuming import check_data
 from .usercode import load_function
 from .watch.console import Console
-from .watch.records import next_attempt
+from .watch.records import next_attempt, read_records
 
 Resume = Literal["no", "auto"] | bool
 
@@ -242,6 +244,20 @@ def inspect(
         prepared = Prepared(work_of(recipe, base, load_function)[0], Decisions())
     example = prepared.mover(prepared.loader.peek())
     return describe(prepared.work.model, lambda: prepared.binding.call(example))
+
+
+def trainable(run_dir: str | Path) -> Json:
+    """What learned in a run of which a part was frozen, as it was recorded last: rows, frontier, cache and speed-up.
+
+    Raises:  RunFolderError where nothing was frozen
+    """
+    folder = open_run_folder(run_dir)
+    rows = list(read_records(folder.records))
+    found = [row for row in rows if row["kind"] == "trainable_map"]
+    gains = [row["values"][GAIN] for row in rows if row["kind"] == "timing" and GAIN in row["values"]]
+    if not found:
+        raise RunFolderError("nothing was frozen in this run", where=folder.path, expected="a run with [freeze]")
+    return found[-1] | {"measured_speedup": gains[-1] if gains else None}
 
 
 def _forward_of(model: nn.Module, batch: Any) -> Callable[[], Any]:

@@ -46,14 +46,16 @@ def cli() -> None:
               help="auto: go on where the newest run of this name ended.")  # fmt: skip
 @_MIRROR
 @_ALLOW
+@click.option("--verify-cache", is_flag=True, help="Compute some of the kept features again and compare every bit.")
 @_QUIET
 def train(
     recipe: str, assignments: tuple[str, ...], run_dir: str | None, resume_mode: Any, mirror: str | None,
-    allow_change: tuple[str, ...], quiet: bool,
+    allow_change: tuple[str, ...], verify_cache: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Train the model that RECIPE (a TOML file) describes."""
     from . import api
 
+    assignments += ("features.verify=64",) if verify_cache else ()
     api.train(recipe, set=assignments, run_dir=run_dir, resume=resume_mode, mirror=mirror, allow_change=allow_change,
               quiet=quiet)  # fmt: skip
 
@@ -183,12 +185,19 @@ def predict(run: str, files: tuple[str, ...], output: str | None, form: str | No
 @click.argument("source", type=click.Path())
 @_SET
 @_TRUST
+@click.option("--svg", type=click.Path(dir_okay=False), help="Draw what is frozen in a run there instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each module.")
-def inspect(source: str, assignments: tuple[str, ...], trust_code: str | None, as_json: bool) -> None:
+def inspect(source: str, assignments: tuple[str, ...], trust_code: str | None, svg: str | None, as_json: bool) -> None:
     """Show the module tree of SOURCE (a recipe or a run's folder) with shapes and parameters."""
     from . import api
+    from .files import write_durable
     from .watch.console import Console
+    from .watch.trainable import trainable_svg
 
+    if svg:
+        write_durable(Path(svg), trainable_svg(api.trainable(source)).encode())
+        click.echo(f"what learns in {source} is drawn in {svg}")
+        return
     rows = api.inspect(source, set=assignments, trust_code=trust_code)
     if as_json:
         for row in rows:
@@ -202,6 +211,67 @@ def inspect(source: str, assignments: tuple[str, ...], trust_code: str | None, a
             for row in rows
         ],
     )  # fmt: skip
+
+
+_VALID = click.option("--valid", metavar="DATA", help="Validation data; a fifth is set apart without it.")
+
+
+@cli.command()
+@click.argument("data")
+@click.option("--model", required=True, metavar="NAME", help="A model's name, as model.name of a recipe.")
+@click.option("--weights", metavar="FILE", help="Its weights: a file, a run's folder or hf:NAME.")
+@click.option("--head", metavar="NAME", help="Its last layer; found without it.")
+@_VALID
+@click.option("--tune", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
+              help="Train all of the model after the probe; auto: where that takes half an hour at most.")  # fmt: skip
+@_SET
+@click.option("--run-dir", type=click.Path(), help="The run's folder; runs/DATA-MODEL without it.")
+@_QUIET
+def transfer(
+    data: str, model: str, weights: str | None, head: str | None, valid: str | None, tune: str,
+    assignments: tuple[str, ...], run_dir: str | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Fit a pretrained model to DATA: a probe first, then all of it; the best on validation is kept."""
+    from . import transfer as verbs
+
+    chosen: Any = {"yes": True, "no": False}.get(tune, "auto")
+    verbs.transfer(data, model, weights=weights, head=head, valid=valid, tune=chosen, set=assignments,
+                   run_dir=run_dir, quiet=quiet)  # fmt: skip
+
+
+@cli.command()
+@click.argument("data")
+@click.option("--models", required=True, metavar="A,B,C", help="The models' names.")
+@click.option("--weights", default="", metavar="A,B,C", help="The weights of each, in the same order; may be empty.")
+@_VALID
+@_SET
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each model.")
+@_QUIET
+def backbones(
+    data: str, models: str, weights: str, valid: str | None, assignments: tuple[str, ...], as_json: bool, quiet: bool
+) -> None:
+    """Rank pretrained models by a probe on what they make of DATA."""
+    from . import transfer as verbs
+    from .watch.console import Console, format_number, format_seconds
+
+    files = [file or None for file in weights.split(",")] if weights else []
+    rows = verbs.backbones(data, models.split(","), weights=files, valid=valid, set=assignments, quiet=quiet or as_json)
+    if as_json:
+        for row in rows:
+            click.echo(_json_line(vars(row)))
+    else:
+        Console().table(
+            ["model", "cross-validation", "validation", "parameters", "samples/s", "features", "time"],
+            [
+                (row.name, row.problem, "", "", "", "", "") if row.held_out is None else
+                (row.name, format_number(row.held_out), format_number(row.accuracy or row.held_out),
+                 f"{row.num_parameters:,}", f"{row.samples_per_s:,.0f}", f"{row.feature_bytes / 1e6:,.1f} MB",
+                 format_seconds(row.seconds))
+                for row in rows
+            ],
+        )  # fmt: skip
+    if all(row.problem for row in rows):
+        click.get_current_context().exit(EXIT_FAILED)
 
 
 @cli.command()

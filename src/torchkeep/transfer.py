@@ -170,7 +170,6 @@ class _Transfer:
         self.work, self.tune, self.console = work, tune, console
         self.model = work.model
         self.head = find_head(work.model, head) or ""
-        self.decisions = Decisions()
 
     def run(self, facts: Json, recipe: Recipe | None, base: Path, place: Path) -> Run:
         """Probe, tune from there, choose."""
@@ -248,7 +247,10 @@ class _Transfer:
                 model.load_state_dict(between)
                 found[f"{share:.0%} tuned"] = between, prepared.measure(prepared.work.valid, "valid")
         sign = -1.0 if mode == "min" else 1.0
-        best = max(found, key=lambda name: (sign * found[name][1][metric], -found[name][1]["valid/loss"]))
+        # of equals the tuned one, which the run's checkpoints call the best
+        best = max(
+            found, key=lambda name: (sign * found[name][1][metric], name == "tuned", -found[name][1]["valid/loss"])
+        )
         state, measured = found[best]
         self.model.load_state_dict(state)
         if best != "tuned":
@@ -281,7 +283,7 @@ def _opened(
         named["valid_fraction"] = VALID_FRACTION
     asked = override({}, list(assignments))
     given = {
-        "name": f"{source.stem}-{model.partition(':')[2] or model}".replace("/", "-").replace(":", "-"),
+        "name": f"{source.resolve().stem}-{model.partition(':')[2] or model}".replace("/", "-").replace(":", "-"),
         "data": {name: value for name, value in named.items() if value is not None},
         "model": {"name": model} | {k: v for k, v in {"weights": weights, "head": head}.items() if v is not None},
         "train": {"metrics": ["accuracy"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,10 @@ from .freeze import evaluating
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One module: its place in the tree, what went in and came out, and what it holds by itself and below."""
+    """One module: its place in the tree, what went in and came out, and what it holds by itself and below.
+
+    ``seconds``, of its forward in the example, are those of the processor that runs Python.
+    """
 
     name: str
     type_name: str
@@ -24,6 +28,7 @@ class ModuleRow:
     num_parameters: int
     num_learning: int
     num_buffers: int
+    seconds: float = 0.0
 
 
 def describe(model: nn.Module, forward: Callable[[], Any] | None = None) -> list[ModuleRow]:
@@ -32,20 +37,27 @@ def describe(model: nn.Module, forward: Callable[[], Any] | None = None) -> list
     ``forward`` runs the model once on an example; without it the shapes stay empty. Modes and random states are as
     before afterwards, and batch statistics do not move, for the model is in eval mode meanwhile.
     """
-    seen: dict[str, tuple[str, str]] = {}
+    seen: dict[str, tuple[str, str, float]] = {}
     if forward is not None:
         _run_watched(model, forward, seen)
-    return [_row(name, module, seen.get(name, ("", ""))) for name, module in model.named_modules()]
+    return [_row(name, module, *seen.get(name, ("", "", 0.0))) for name, module in model.named_modules()]
 
 
-def _run_watched(model: nn.Module, forward: Callable[[], Any], seen: dict[str, tuple[str, str]]) -> None:
+def _run_watched(model: nn.Module, forward: Callable[[], Any], seen: dict[str, tuple[str, str, float]]) -> None:
+    begun: dict[str, float] = {}
+
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen[name] = (shape_text([*args, *kwargs.values()]), shape_text(output))
+            seconds = time.perf_counter() - begun[name] + (seen[name][2] if name in seen else 0.0)
+            seen[name] = (shape_text([*args, *kwargs.values()]), shape_text(output), seconds)
 
         return hook
 
+    def start(name: str) -> Any:
+        return lambda *_: begun.update({name: time.perf_counter()})
+
     hooks = [m.register_forward_hook(watch(name), with_kwargs=True) for name, m in model.named_modules()]
+    hooks += [m.register_forward_pre_hook(start(name)) for name, m in model.named_modules()]
     devices = range(torch.cuda.device_count())
     try:
         with torch.random.fork_rng(devices), torch.no_grad(), evaluating(model):
@@ -55,17 +67,18 @@ def _run_watched(model: nn.Module, forward: Callable[[], Any], seen: dict[str, t
             hook.remove()
 
 
-def _row(name: str, module: nn.Module, shapes: tuple[str, str]) -> ModuleRow:
+def _row(name: str, module: nn.Module, inputs: str, outputs: str, seconds: float) -> ModuleRow:
     parameters = list(module.parameters())
     return ModuleRow(
         name=name or "(model)",
         type_name=type(module).__name__,
         depth=name.count(".") + 1 if name else 0,
-        inputs=shapes[0],
-        outputs=shapes[1],
+        inputs=inputs,
+        outputs=outputs,
         num_parameters=sum(p.numel() for p in parameters),
         num_learning=sum(p.numel() for p in parameters if p.requires_grad),
         num_buffers=sum(b.numel() for b in module.buffers()),
+        seconds=seconds,
     )
 
 

@@ -527,16 +527,16 @@ class FreezePlan:
             )  # fmt: skip
 
     def map(self) -> list[dict[str, Json]]:
-        """What learns now, module by module, as deep as it differs, for the record ``trainable_map``."""
+        """What learns now, module by module, the model first and as deep as it differs, for the record."""
         rows: list[dict[str, Json]] = []
         own_rows: dict[str, dict[int, _Row]] = {}
         for name, row in self._rows.items():
-            for around in prefixes(name)[1:]:
+            for around in prefixes(name):
                 own_rows.setdefault(around, {})[id(row.parameter)] = row
 
         def visit(name: str, module: nn.Module) -> None:
             own = list(own_rows.get(name, {}).values())
-            if own and name:
+            if own:
                 rows.append(_map_row(name, module, own, self._at))
             if name.count(".") < 1 or len({(row.begin, row.rate_scale) for row in own}) > 1:
                 for child_name, child in module.named_children():
@@ -571,9 +571,9 @@ def _map_row(name: str, module: nn.Module, own: list[_Row], at: tuple[int, int])
     states = {_is_due(row.begin, at) for row in own}
     scales, begins = {row.rate_scale for row in own}, {row.begin for row in own}
     return {
-        "name": name,
+        "name": name or "(model)",
         "kind": type(module).__name__,
-        "depth": name.count("."),
+        "depth": name.count(".") + 1 if name else 0,
         "num_parameters": sum(row.parameter.numel() for row in own),
         "learns": "partly" if len(states) > 1 else states.pop(),
         "rate_scale": scales.pop() if len(scales) == 1 and begins != {None} else None,

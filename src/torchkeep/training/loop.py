@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..contracts import INDEX, Batch, Clock
+from ..contracts import INDEX, Batch, Clock, Json
 from ..data.loader import FeedStats, Loader
 from ..errors import (
     EXIT_BAD_INPUT,
@@ -32,10 +32,11 @@ from ..keep.stopping import EarlyStopping, is_better
 from ..model.freeze import FreezePlan, begin_training
 from ..watch.console import Console
 from ..watch.records import Recorder
+from ..watch.trainable import show_trainable
 from .evaluate import Evaluation
 from .metrics import Adapted, Metric
 from .optim import Average
-from .prefix import Prefix
+from .prefix import GAIN, Prefix
 from .recipe import RunSettings
 from .signals import Signals
 from .step import Stepper
@@ -80,6 +81,8 @@ class Parts(Protocol):
 
     def loaders_at(self, epoch: int) -> tuple[Loader, Loader | None]: ...
 
+    def trainable(self) -> Json: ...
+
     train_metrics: list[Metric | Adapted]
     objects: dict[str, Any]
 
@@ -98,7 +101,7 @@ class Training:
         self.train_metrics, self.objects, self.plan = parts.train_metrics, parts.objects, parts.plan
         self.checkpoints, self.recorder = checkpoints, recorder
         self.console, self.signals, self.go_on = console, signals, go_on
-        self._loaders_at, self._prefix = parts.loaders_at, parts.prefix
+        self._loaders_at, self._prefix, self._trainable = parts.loaders_at, parts.prefix, parts.trainable
         self._choose_loaders()
         self.best = Best()
         self.history: list[dict[str, Any]] = []
@@ -135,8 +138,7 @@ class Training:
         begin_training(self.stepper.model)
         if self.plan is not None:
             self.plan.check()
-            if self._last_saved_step < 0:
-                self._record("trainable_map", rows=self.plan.map())
+            self._show_trainable(is_new=self._last_saved_step < 0)
         with self.signals:
             try:
                 self._run_epochs()
@@ -159,7 +161,9 @@ class Training:
             started = time.perf_counter()
             self._choose_loaders()
             finished = self._epoch()
-            self._end_epoch(finished, time.perf_counter() - started)
+            elapsed_s = time.perf_counter() - started
+            self._measure_gain(elapsed_s)
+            self._end_epoch(finished, elapsed_s)
         if self.checkpoints.has_held or self._last_saved_step != self.clock.step:
             self.save()
         self.checkpoints.join()
@@ -217,7 +221,27 @@ class Training:
         if plan.advance(self.clock.epoch, self.clock.step):
             if self.average is not None:
                 self.average.follow()
-            self._record("trainable_map", rows=plan.map())
+            self._record("trainable_map", **self._trainable())
+
+    def _show_trainable(self, is_new: bool) -> None:
+        payload = self._trainable()
+        show_trainable(self.console, payload)
+        if is_new:
+            self._record("trainable_map", **payload)
+
+    def _measure_gain(self, elapsed_s: float) -> None:
+        """Record once how much faster an epoch was of which everything was kept already."""
+        prefix, made = self._prefix, self._num_made
+        if prefix is None or self._gain is not None or elapsed_s <= 0:
+            return
+        self._num_made = prefix.train.made
+        if self.clock.epoch and made == self._num_made and self.loader.dataset is prefix.train:
+            self._gain = prefix.gain(elapsed_s)
+            self._record("timing", values={GAIN: self._gain})
+            self.console.say(f"frozen part  computed once: the steps of an epoch are {self._gain:,.1f} × as fast")
+
+    _gain: float | None = None
+    _num_made = -1
 
     def _steps_left(self) -> int:
         """Steps of the epoch under way."""

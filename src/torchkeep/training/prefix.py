@@ -17,7 +17,7 @@ import xxhash
 from torch import Tensor, nn
 
 from .. import gradients, store
-from ..contracts import INDEX, VALID, Batch, KeyedDataset
+from ..contracts import INDEX, VALID, Batch, Json, KeyedDataset
 from ..data.cache import cache_folder, room_bytes
 from ..data.dataset import Part, whole
 from ..data.generators import kept_generators
@@ -36,7 +36,10 @@ from .objective import Objective
 LEAST_GAIN = 1.05
 """How much faster a run must be expected to be before anything is kept where nobody asked for it."""
 
-_NAME = "frozen part"
+GAIN = "train/frozen_part_speedup"
+"""The tag of what was measured of it: how many times as fast an epoch's steps are."""
+
+_NAME, _ONCE = "frozen part", "computed once"
 _OVERRIDE = "features.cache"
 _TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 _PROBED = 4  # samples of each of two batches on which all this is tried: a second run is to begin at once
@@ -76,10 +79,38 @@ class Prefix:
         parts = [self.train, *([self.valid] if self.valid else [])]
         return sum(row_bytes(part.example) * len(part) * part.views.count for part in parts)
 
+    def gain(self, epoch_s: float) -> float:
+        """How many times as long all of the model would take for an epoch's steps that took so many seconds."""
+        return len(self.train) * self.times.whole_s / epoch_s
+
     def close(self) -> None:
         for part in (self.train, self.valid):
             if part is not None:
                 part.store.close()
+
+
+def picture(rows: list[Json], seconds: dict[str, float], prefix: Prefix | None, note: str | None) -> Json:
+    """What a person wants to see of what learns: a plan's map with shares of the time, and the prefix."""
+    whole_s = seconds.get("(model)", 0.0)
+    kept = prefix.frontier.modules if prefix is not None else []
+    told = [
+        row | {
+            "time_fraction": seconds[row["name"]] / whole_s if whole_s and row["name"] in seconds else None,
+            "is_cached": any(row["name"] == name or row["name"].startswith(f"{name}.") for name in kept),
+        }
+        for row in rows
+    ]  # fmt: skip
+    crossings = prefix.frontier.crossings if prefix is not None else []
+    said = [f"{c.name} → {' × '.join(map(str, c.shape))} {str(c.dtype).removeprefix('torch.')}" for c in crossings]
+    return {
+        "rows": told,
+        "frontier": said,
+        "cache_bytes": prefix.num_bytes if prefix else None,
+        "views": prefix.views.count if prefix else None,
+        "expected_speedup": prefix.expected_gain if prefix else None,
+        "measured_speedup": None,
+        "note": note,
+    }
 
 
 class _NoPrefixError(Exception):
@@ -94,6 +125,7 @@ class Planner:
         self.model: nn.Module = parts.binding.model
         self.precision, self.decisions = parts.precision, parts.decisions
         self.settings, self.seed, self._say = settings, seed, say
+        self.note: str | None = None
         self._readers = max(1, parts.loader.plan.workers)
 
     def plan(self, train: KeyedDataset, valid: KeyedDataset | None, epochs: int, hindrance: str) -> Prefix | None:
@@ -102,7 +134,7 @@ class Planner:
         Raises:  ModelError where it was asked for and cannot be, or where what was kept is not what is computed now
         """
         recorded, wanted = self.decisions.recorded(_NAME), self.settings.cache
-        if recorded is not None and not str(recorded).startswith("computed once"):
+        if recorded is not None and not str(recorded).startswith(_ONCE):
             hindrance = hindrance or "as it was when the run began"
         try:
             if hindrance or wanted == "off":
@@ -110,12 +142,14 @@ class Planner:
             return self._plan(train, valid, epochs, is_sure=wanted == "on" or recorded is not None)
         except (_NoPrefixError, NoFrontierError, DataError) as error:
             reason = error.what if isinstance(error, DataError) else str(error)
-            if wanted == "on":
+            if wanted == "on" or (wanted == "auto" and str(recorded).startswith(_ONCE)):
                 raise ModelError(
                     "the frozen part cannot be computed once", where="features.cache", got=reason,
                     fix='features.cache = "auto" computes it in each step',
                 ) from None  # fmt: skip
-            self.decisions.choose(_NAME, "in each step", reason, _OVERRIDE)
+            self.note = f"computed in each step: {reason}"
+            decide = self.decisions.note if wanted == "off" else self.decisions.choose
+            decide(_NAME, "in each step", reason, _OVERRIDE)
             return None
 
     def _plan(self, train: KeyedDataset, valid: KeyedDataset | None, epochs: int, is_sure: bool) -> Prefix:
@@ -125,7 +159,7 @@ class Planner:
         moved = [self.mover(batch) for batch in batches]
         with self._untouched():
             frontier = find_frontier(self.model, self.binding.whole, moved[0], self.binding.keys)
-            for batch in moved:
+            for batch in moved[1:]:  # on the first one the search has compared them
                 self._check_same(frontier, batch)
         made = [self._made(frontier, "as fed", batch) for batch in batches]
         example = example_of(made[0], self.settings.dtype)
@@ -137,7 +171,9 @@ class Planner:
         times = self._times(frontier, train, batches[0], layout)
         gain = expected_gain(times, features, held, epochs)
         if gain < LEAST_GAIN and not is_sure:
-            features.store.close()
+            for part in (features, held):
+                if part is not None:
+                    part.store.close()
             raise _NoPrefixError(f"computing it once would make the run {gain:.2f} × as fast")
         prefix = Prefix(frontier, views, features, held, gain, times)
         self._note(prefix, layout)
@@ -147,7 +183,7 @@ class Planner:
     def _note(self, prefix: Prefix, layout: str) -> None:
         size = f"{prefix.num_bytes / 1e6:,.1f} MB"
         count = prefix.views.count
-        said = f"computed once, {count} view{'s' * (count > 1)}, {layout}"
+        said = f"{_ONCE}, {count} view{'s' * (count > 1)}, {layout}"
         reason = f"{size}; {prefix.views.reason}; expected {prefix.expected_gain:.1f} × as fast"
         self.decisions.choose(_NAME, said, reason, _OVERRIDE)
 
@@ -283,7 +319,7 @@ class Planner:
         modules = [self.model.get_submodule(name) for name in frontier.modules]
         held = {f"{place}.{name}": t for place, module in enumerate(modules) for name, t in module.state_dict().items()}
         plain = whole(dataset).without_augmentation() if hasattr(whole(dataset), "without_augmentation") else dataset
-        inputs = self._first(plain)
+        inputs = self.mover(self._first(plain))  # as they are brought to the model: mean and std are part of them
         entries = getattr(getattr(whole(dataset), "augmentations", None), "entries", ())
         said = (
             tensor_sha256(held),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..contracts import Batch, Clock, Json, KeyedDataset
 from ..data.arrays import Arrays
@@ -26,6 +26,7 @@ from ..errors import ModelError, SettingsError
 from ..keep.checkpoint import Checkpoints
 from ..keep.stopping import EarlyStopping, Mode, better_mode
 from ..model.build import Built
+from ..model.describe import describe
 from ..model.freeze import FreezePlan, evaluating, learning
 from ..watch.console import Console
 from ..watch.records import Recorder
@@ -38,7 +39,7 @@ from .metrics import Accuracy, Adapted, ClassCounts, Metric, TopK, make_metrics
 from .mixing import Mixing, check_unmixed, make_mixing
 from .objective import Objective, check_fit, choose_objective, prediction_of
 from .optim import Average, Optimizers, can_fuse, make_optimizer, own_optimizers, rate_factor
-from .prefix import Planner, Prefix
+from .prefix import Planner, Prefix, picture
 from .recipe import RunSettings
 from .signals import Signals
 from .step import Stepper, UserStep
@@ -236,6 +237,7 @@ class Prepared:
         planner = Planner(self, settings.features, settings.seed, say)
         self._short_epochs = self._frozen_epochs()
         self.prefix = planner.plan(work.train, work.valid, self._short_epochs, self._hindrance())
+        self._why_whole = planner.note
         if self.prefix is not None:
             self.binding.shorten(planner.rest(self.prefix.frontier))
             train = self._loader(self.prefix.train, shuffle=True, last=work.feeding.last, on_bad="raise")
@@ -265,6 +267,20 @@ class Prepared:
         """What feeds an epoch and its evaluation: the samples, or what is kept of their frozen part."""
         return self._short if self._short is not None and epoch < self._short_epochs else (self.loader, self.valid)
 
+    def trainable(self) -> Json:
+        """What learns now, as ``show_trainable`` and ``trainable_svg`` take it; None without a plan."""
+        if self.plan is None:
+            return None
+        if self._seconds is None:
+            example = self.mover(self.loader.peek())
+            few = {name: value[:4] if isinstance(value, Tensor) else value for name, value in example.items()}
+            is_own = self.work.step is not None
+            rows = [] if is_own else describe(self.work.model, lambda: self.binding.whole(few))
+            self._seconds = {row.name: row.seconds for row in rows}
+        return picture(self.plan.map(), self._seconds, self.prefix, self._why_whole)
+
+    _seconds: dict[str, float] | None = None
+    _why_whole: str | None = None
     _short: tuple[Loader, Loader | None] | None = None
     _short_epochs = 0
     prefix: Prefix | None = None

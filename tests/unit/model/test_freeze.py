@@ -417,10 +417,10 @@ def test_the_map_is_as_deep_as_it_differs() -> None:
     model, plan = Net(), tk.FreezePlan("blocks[:2]", rate_scale=0.1, unfreeze_at_epoch=3)
     plan.apply(model)
     rows = {row["name"]: row for row in plan.map()}
-    assert list(rows) == ["stem", "blocks", "blocks.0", "blocks.1", "blocks.2", "head", "head.1"]
+    assert list(rows) == ["(model)", "stem", "blocks", "blocks.0", "blocks.1", "blocks.2", "head", "head.1"]
     assert [rows[name]["learns"] for name in ("stem", "blocks", "blocks.0")] == [True, "partly", False]
     assert rows["blocks.0"] == {
-        "name": "blocks.0", "kind": "Sequential", "depth": 1, "num_parameters": 88, "learns": False, "rate_scale": 0.1,
+        "name": "blocks.0", "kind": "Sequential", "depth": 2, "num_parameters": 88, "learns": False, "rate_scale": 0.1,
         "learns_from": "epoch 3", "time_fraction": None, "is_cached": False,
     }  # fmt: skip
     assert plan.rows() == [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import random
 import shutil
 import statistics
@@ -370,33 +371,41 @@ def break_even(sizes: list[int], lengths: list[int], size: int, rounds: int, fol
 # Texts
 
 
-def text_recipe(name: str, folder: Path, epochs: int, **data: Any) -> dict[str, Any]:
-    return {
+def make_texts(few: int, folder: Path) -> dict[str, int]:
+    """One tokenizer for both sets, byte-level so that no word is unknown; and ``few`` questions of each intent."""
+    import csv
+
+    from datasets import BANKING, make_tokenizer  # the benchmark beside this file
+
+    make_tokenizer(folder)
+    found: dict[str, list[str]] = {}
+    with BANKING.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["category"], []).append(row["text"])
+    rows = [(text, name) for name, texts in found.items() for text in texts[:few]]
+    with (folder / "questions.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "category"), *rows])
+    return {"questions": len(rows), "intents": len(found)}
+
+
+def trained_text(name: str, epochs: int, folder: Path) -> dict[str, Any]:
+    """A small transformer from nothing: a language model of "reviews", or a classifier of the few "questions"."""
+    import torchkeep as tk
+
+    reviews = {"train": str(DATA / "text/sst2-sentences/train.tsv"), "columns": ["text", "label"], "block_size": 64,
+               "valid_fraction": 0.1}  # fmt: skip
+    questions = {"train": "questions.csv", "valid": str(DATA / "text/banking77/test.csv"), "label": "category"}
+    data = {"reviews": reviews, "questions": questions}[name]
+    os.chdir(folder)
+    recipe = {
         "name": name,
-        "data": {"tokenizer": str(folder / "tokenizer.json"), "max_length": 64, "batch_size": 32, **data},
-        "model": {"name": "transformer", "args": TEXT_MODEL},
+        "data": {"tokenizer": "tokenizer.json", "max_length": 64, **data},
+        "model": {"name": "transformer", "args": {"width": 128, "depth": 2}},
         "optimizer": {"learning_rate": RATE, "schedule": "cosine", "warmup": 0.1},
         "train": {"epochs": epochs, "metrics": ["accuracy"]},
     }
-
-
-TEXT_MODEL = {"width": 128, "depth": 2}
-BANKING = {"train": str(DATA / "text/banking77/train.csv"), "valid": str(DATA / "text/banking77/test.csv"),
-           "text": "text", "label": "category"}  # fmt: skip
-SENTENCES = {"train": str(DATA / "text/sst2-sentences/train.tsv"), "valid": str(DATA / "text/sst2-sentences/dev.tsv"),
-             "columns": ["text", "label"]}  # fmt: skip
-
-
-def trained_text(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
-    """A small transformer from scratch: "banking" is what another one is to begin with, "sentences" the comparison."""
-    import torchkeep as tk
-    from datasets import make_tokenizer  # of the benchmark beside this file: byte-level, so that no word is unknown
-
-    make_tokenizer(folder)
-    recipe = text_recipe(name, folder, epochs, **(BANKING if name == "banking" else SENTENCES))
     begun = time.perf_counter()
-    run = tk.train(recipe | {"seed": seed}, run_dir=folder / f"{name}-{seed}", quiet=True)
-    return answer(begun, valid_accuracies(run.dir))
+    return answer(begun, valid_accuracies(tk.train(recipe, run_dir=name, quiet=True).dir))
 
 
 def main() -> None:

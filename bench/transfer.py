@@ -128,12 +128,12 @@ def again(epochs: int, rounds: int) -> dict[str, Any]:
 def partly(epochs: int, rounds: int) -> dict[str, Any]:
     found = fresh("partly", epochs, rounds)
     piece, count = found["per_sample_s"], found["epochs"]
-    d, p, s, t, w, r = (piece[name] for name in "dpstwr")
+    d, p, s, t, k, w, r = (piece[name] for name in "dpstkwr")
     speedup = [off / on for off, on in zip(found["seconds"]["off"], found["seconds"]["on"], strict=True)]
     return found | {
         "speedup": summary(speedup),
         "formula": count * (d + p + 3 * s) / (d + p + w + count * (r + 3 * s)),
-        "formula_trained": count * (d + p + t) / (d + p + w + count * (r + t)),
+        "formula_trained": count * (d + p + t) / (d + p + w + count * (r + k)),
     }
 
 
@@ -220,7 +220,7 @@ def print_partly(found: dict[str, Any]) -> None:
     )
     print(f"measured {between(found['speedup'])} × as fast; formula {found['formula']:.2f}, "
           f"with the suffix as it trains {found['formula_trained']:.2f}")  # fmt: skip
-    print("ms a sample: " + ", ".join(f"{name} {found['per_sample_s'][name] * 1e3:.2f}" for name in "dpstwr"))
+    print("ms a sample: " + ", ".join(f"{name} {found['per_sample_s'][name] * 1e3:.2f}" for name in "dpstkwr"))
 
 
 def print_nothing(found: dict[str, Any]) -> None:

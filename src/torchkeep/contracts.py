@@ -58,7 +58,8 @@ class Field:
 class Preprocess:
     """What turns a stored image into the model's input, once, on the device: x / 255, minus mean, over std.
 
-    Where ``bits`` is 16 the images are uint16, and it is x / 65535.
+    Where ``bits`` is 16 the images are uint16, and it is x / 65535. What is not augmented is the middle square of
+    ``crop_fraction`` of the short side.
     """
 
     image_size: int | None = None
@@ -66,6 +67,7 @@ class Preprocess:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     bits: int = 8
+    crop_fraction: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from .share.predict import Prediction, predict_all
 from .tensors import tensor_sha256
 from .training.attempt import attempt, checkpoints_of, put
 from .training.decisions import Decisions
+from .training.loop import load_model
 from .training.prepare import Feeding, Prepared, Work, source_folder
 from .training.provenance import code_state, command, environment
 from .training.recipe import Recipe, recipe_from_json
@@ -293,6 +294,19 @@ def loaded(work: Work) -> Json:
     return {"weights": report.to_json()} if report is not None else {}
 
 
+def _frozen_epoch(prepared: Prepared, found: RunFolder) -> int:
+    """The epoch that a run goes on in, its model being given what was saved, where a part of it is frozen.
+
+    What is kept of the frozen part is named by its parameters, which a resumed recipe has not loaded yet.
+    """
+    checkpoints, model = checkpoints_of(prepared, found), prepared.work.model
+    saved = checkpoints.latest() if any(not p.requires_grad for p in model.parameters()) else None
+    if saved is None:
+        return 0
+    load_model(model, checkpoints.model(saved))
+    return int(checkpoints.load_part(saved, "clock")["epoch"])
+
+
 def execute(
     work: Work, facts: Json, recipe: Recipe | None, base: Path, place: Path | None, found: RunFolder | None,
     lock: FolderLock | None, console: Console, mirror: str | Path | None, allow_change: Sequence[str] = (),
@@ -303,7 +317,7 @@ def execute(
     decisions = Decisions(recorded["decisions"] if recorded else None)
     try:
         prepared = Prepared(work, decisions)
-        prepared.shorten(console.say)
+        prepared.shorten(console.say, _frozen_epoch(prepared, found) if found is not None else 0)
     except BaseException:
         if work.settings.freeze is not None:
             release(work.model)

@@ -51,7 +51,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 _IMAGES: dict[str, Any] = {
     "augment": ["random_resized_crop", "horizontal_flip"],
-    # those of ImageNet, which weights in a file do not state
+    # those of ImageNet, which weights in a file do not state: squares of 224 from the middle of 256
+    "crop_fraction": 0.875,
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
 }
@@ -293,7 +294,7 @@ def _opened(
     images = whole(work[0].train)
     if not isinstance(images, Images):
         return work
-    defaults = _IMAGES if images.channels == 3 else {"augment": _IMAGES["augment"]}
+    defaults = _IMAGES if images.channels == 3 else {"augment": _IMAGES["augment"], "crop_fraction": 0.875}
     size = {} if images.image_size else {"image_size": 224}
     set_by_user = work[1].data.model_fields_set
     more = {key: value for key, value in (defaults | size).items() if key not in set_by_user}

@@ -204,9 +204,14 @@ def store_path(fingerprint: str, recipe: str) -> Path | None:
 
 def recipe_of(images: Any, side: int | None) -> str:
     """What is done to an image before it is kept, in words."""
-    size = f"short side {side}" if side else f"centre square {images.image_size}" if images.image_size else "as stored"
+    size = f"short side {side}" if side else _square_text(images) if images.image_size else "as stored"
     masks = ", with masks" if images.has_masks else ""
     return f"{size}, {images.channels} channels, {images.bits} bits{masks}"
+
+
+def _square_text(images: Any) -> str:
+    part = f" of {images.crop_fraction:g}" if images.crop_fraction != 1 else ""
+    return f"centre square {images.image_size}{part}"
 
 
 def plan_cache(wanted: Wanted, dataset: Any, budget_bytes: int | None = None) -> CachePlan:

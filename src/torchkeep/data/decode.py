@@ -228,13 +228,13 @@ def resize(image: Pixels, height: int, width: int, is_mask: bool = False) -> Pix
     return np.asarray(resized, image.dtype).reshape(height, width, image.shape[2])
 
 
-def resize_short_side_and_center_crop(image: Pixels, size: int, is_mask: bool = False) -> Pixels:
-    """The middle square at ``size``; the same array where the image already has that size.
+def resize_short_side_and_center_crop(image: Pixels, size: int, is_mask: bool = False, fraction: float = 1.0) -> Pixels:
+    """The middle square, of so much of the short side, at ``size``; the same array where it already has that size.
 
     Shapes:  (H, W, C) → (size, size, C)
     """
     height, width = image.shape[:2]
-    side = min(height, width)
+    side = max(1, round(fraction * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
     # cropping first gives the same picture for less work
     return resize(image[top : top + side, left : left + side], size, size, is_mask)

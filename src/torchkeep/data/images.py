@@ -45,6 +45,7 @@ class Images(LabelledData):
     """What the sources of images share. ``blobs`` are the encoded images, ``masks`` those of segmentation.
 
     Options that all of them take: ``image_size``, the side of the square images (without it all must have one size);
+    ``crop_fraction``, how much of the short side the middle square has that becomes one;
     ``channels`` 3 or 1; ``bits`` 8, or 16 to keep more; ``augment``; ``mean`` and ``std`` of each channel in units
     where white is 1; ``like``, a dataset whose classes, size and statistics are taken over.
     """
@@ -60,7 +61,7 @@ class Images(LabelledData):
         self, blobs: Blobs, labels: Labels | None, where: str, *, image_size: int | None = None,
         channels: int | None = None, bits: Literal[8, 16] | None = None, augment: Sequence[Augmentation] = (),
         mean: Sequence[float] | None = None, std: Sequence[float] | None = None, like: Any = None,
-        masks: Blobs | None = None, mask_classes: Sequence[str] = (),
+        masks: Blobs | None = None, mask_classes: Sequence[str] = (), crop_fraction: float | None = None,
     ):  # fmt: skip
         known = whole_of(like, Images, "a dataset of images", where)
         self.blobs = self._held = blobs
@@ -71,6 +72,7 @@ class Images(LabelledData):
         before = known.schema.preprocess if known else None
         self.channels = channels or (before.channels if before else 3)
         self.bits = bits or (before.bits if before else 8)
+        self.crop_fraction = crop_fraction or (before.crop_fraction if before else 1.0)
         self.image_size = image_size or (known.image_size if known else None)
         if self.image_size:
             self.size = (self.image_size, self.image_size)
@@ -89,6 +91,7 @@ class Images(LabelledData):
             image_size=height if height == width else None,
             channels=self.channels,
             bits=self.bits,
+            crop_fraction=self.crop_fraction,
             mean=_per_channel("mean", mean, kept.mean if kept else None, self.channels),
             std=_per_channel("std", std, kept.std if kept else None, self.channels),
         )
@@ -175,7 +178,7 @@ class Images(LabelledData):
         size = self.image_size
         return {
             name: to_short_side(held, side, name == "mask") if self.augmentations.sets_size and side
-            else resize_short_side_and_center_crop(held, size, name == "mask")
+            else resize_short_side_and_center_crop(held, size, name == "mask", self.crop_fraction)
             for name, held in pictures.items()
         }  # fmt: skip
 

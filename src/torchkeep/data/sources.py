@@ -94,6 +94,8 @@ class DataSettings(Settings):
     """Names of the classes in the masks, beginning with 0; 255 is no class."""
     image_size: int | None = Field(None, gt=0)
     """Side of the square images in pixels; without it all images must have one size."""
+    crop_fraction: float | None = Field(None, gt=0, le=1)
+    """How much of the short side the middle square has, where nothing crops at random; 0.875 is 224 of 256."""
     channels: Literal[1, 3] = 3
     """3 for colour, 1 for grey."""
     bits: Literal[8, 16] = 8
@@ -179,6 +181,7 @@ class DataSettings(Settings):
             return {
                 "image_size": self.image_size, "channels": self.channels, "bits": self.bits, "mean": self.mean,
                 "std": self.std, "mask_classes": self.mask_classes, "augment": augment,
+                "crop_fraction": self.crop_fraction,
             }  # fmt: skip
         if kind == "audio":
             return {

@@ -85,9 +85,9 @@ def stated(name: str, base: Path) -> dict[str, Any]:
     with _explained(name, "a name that the library knows"):
         if library == "timm":
             held = package.models.get_pretrained_cfg(called)
-            return _image_keys(held.input_size, held.mean, held.std) if held else {}
+            return _image_keys(held.input_size, held.mean, held.std, held.crop_pct) if held else {}
         seen = package.models.get_model_weights(called).DEFAULT.transforms()
-        return _image_keys(seen.crop_size, seen.mean, seen.std)
+        return _image_keys(seen.crop_size, seen.mean, seen.std, seen.crop_size[0] / seen.resize_size[0])
 
 
 def fetched(name: str) -> Path:
@@ -267,17 +267,26 @@ def _stated_by_files(place: str, called: str, base: Path) -> dict[str, Any]:
         size = seen.get("crop_size") or seen.get("size") or config.get("image_size")
         is_plain = not seen.get("do_normalize", True)
         mean, std = ([0.0], [1.0]) if is_plain else (seen.get("image_mean"), seen.get("image_std"))
-        return _image_keys(size, mean, std)
+        return _image_keys(size, mean, std, seen.get("crop_pct") or _cropped(seen))
     if not seen and any(_file_of(place, file) for file in ("tokenizer.json", "tokenizer_config.json")):
         return {"tokenizer": called if (base / called).is_dir() else f"hf:{called}"}
     return {}
 
 
-def _image_keys(size: Any, mean: Any, std: Any) -> dict[str, Any]:
+def _cropped(seen: dict[str, Any]) -> float | None:
+    """Which share of the resized short side is kept; None where nothing is cropped."""
+    size, crop = seen.get("size"), seen.get("crop_size")
+    edge = size.get("shortest_edge") if isinstance(size, dict) else None
+    side = crop.get("height") if isinstance(crop, dict) else crop
+    return side / edge if edge and side and seen.get("do_center_crop", True) else None
+
+
+def _image_keys(size: Any, mean: Any, std: Any, fraction: float | None = None) -> dict[str, Any]:
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge")
     side = size[-1] if isinstance(size, list | tuple) else size
     keys = {"image_size": side, "mean": mean and [float(x) for x in mean], "std": std and [float(x) for x in std]}
+    keys["crop_fraction"] = fraction if fraction and fraction < 1 else None
     return {key: value for key, value in keys.items() if value}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from ..data.dataset import Part, whole
 from ..data.generators import kept_generators
 from ..data.loader import Loader
 from ..errors import DataError, ModelError
+from ..model.flow import patched
+from ..model.folding import Forwards, find_folds
 from ..model.freeze import begin_training, evaluating, learning
 from ..model.frontier import Frontier, NoFrontierError, compute, find_frontier, recall
 from ..store import Store
@@ -36,6 +39,7 @@ from .objective import Objective
 LEAST_GAIN = 1.05
 """How much faster a run must be expected to be before anything is kept where nobody asked for it."""
 
+_WAY = re.compile(r"^.* views?, ")
 GAIN = "train/frozen_part_speedup"
 """The tag of what was measured of it: how many times as fast an epoch's steps are."""
 
@@ -44,8 +48,11 @@ _OVERRIDE = "features.cache"
 _TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 _PROBED = 4  # samples of each of two batches on which all this is tried: a second run is to begin at once
 _TIMES = 2
+# to look takes about as long as 150 samples take: nothing against _LONG of them, else much must be there to be saved
+_LONG, _LEAST_SAVED, _LEAST_RATIO = 5_000, 250, 1.5
+AS_FED, _FOLDED = "as fed", ", normalisation folded"
 _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "as fed": lambda image: image,
+    AS_FED: lambda image: image,
     "channels last": lambda image: image.contiguous(memory_format=torch.channels_last),
     "channels first": lambda image: image.contiguous(),
 }
@@ -154,6 +161,8 @@ class Planner:
 
     def _plan(self, train: KeyedDataset, valid: KeyedDataset | None, epochs: int, is_sure: bool) -> Prefix:
         views = plan_views(train, self.settings.views)
+        if not is_sure:
+            _check_length(epochs, len(train), len(valid) if valid is not None else 0, min(epochs, views.count))
         batches = [self._first(train, start) for start in (0, _PROBED) if start < len(train)]
         self._check_batch(batches[0])
         moved = [self.mover(batch) for batch in batches]
@@ -161,14 +170,14 @@ class Planner:
             frontier = find_frontier(self.model, self.binding.whole, moved[0], self.binding.keys)
             for batch in moved[1:]:  # on the first one the search has compared them
                 self._check_same(frontier, batch)
-        made = [self._made(frontier, "as fed", batch) for batch in batches]
+        made = [self._made(frontier, AS_FED, batch) for batch in batches]
         example = example_of(made[0], self.settings.dtype)
         if any(made[1][name].shape[1:] != row.shape for name, row in example.items()) if len(made) > 1 else False:
             raise _NoPrefixError("its results have several sizes")
-        features, layout = self._open(frontier, train, views, example, moved[0])
+        features, way = self._open(frontier, train, views, example, moved[0])
         once = Views(1, True, "an evaluation draws nothing")
-        held = self._open(frontier, valid, once, example, moved[0], layout)[0] if valid is not None else None
-        times = self._times(frontier, train, batches[0], layout)
+        held = self._open(frontier, valid, once, example, moved[0], way)[0] if valid is not None else None
+        times = self._times(frontier, train, batches[0], way)
         gain = expected_gain(times, features, held, epochs)
         if gain < LEAST_GAIN and not is_sure:
             for part in (features, held):
@@ -176,14 +185,14 @@ class Planner:
                     part.store.close()
             raise _NoPrefixError(f"computing it once would make the run {gain:.2f} × as fast")
         prefix = Prefix(frontier, views, features, held, gain, times)
-        self._note(prefix, layout)
+        self._note(prefix, way)
         self._verify(prefix)
         return prefix
 
-    def _note(self, prefix: Prefix, layout: str) -> None:
+    def _note(self, prefix: Prefix, way: str) -> None:
         size = f"{prefix.num_bytes / 1e6:,.1f} MB"
         count = prefix.views.count
-        said = f"{_ONCE}, {count} view{'s' * (count > 1)}, {layout}"
+        said = f"{_ONCE}, {count} view{'s' * (count > 1)}, {way}"
         reason = f"{size}; {prefix.views.reason}; expected {prefix.expected_gain:.1f} × as fast"
         self.decisions.choose(_NAME, said, reason, _OVERRIDE)
 
@@ -246,9 +255,20 @@ class Planner:
         scale = float(one.abs().max()) if one.numel() else 0.0
         return torch.allclose(one, other, rtol=0, atol=_TOLERANCE[self.precision] * scale + 1e-12, equal_nan=True)
 
-    def _kept(self, frontier: Frontier, moved: Batch) -> list[Tensor]:
-        with kept_generators(), gradients.none_needed(), autocast(self.precision, self.mover.device):
+    def _kept(self, frontier: Frontier, moved: Batch, way: str = AS_FED) -> list[Tensor]:
+        """What crosses the frontier, computed in one of the ways that are known."""
+        layout = way.removesuffix(_FOLDED)
+        moved = {name: _LAYOUTS[layout](value) if _is_image(value) else value for name, value in moved.items()}
+        folds = self._folds(frontier, moved) if way != layout else {}
+        with kept_generators(), gradients.none_needed(), autocast(self.precision, self.mover.device), patched(folds):
             return compute(frontier, self.model, self.binding.whole, moved)
+
+    def _folds(self, frontier: Frontier, moved: Batch) -> Forwards:
+        if self._found_folds is None:
+            self._found_folds = find_folds(self.model, lambda: self._kept(frontier, moved))
+        return self._found_folds
+
+    _found_folds: Forwards | None = None
 
     def rest(self, frontier: Frontier) -> Callable[[Batch], Any]:
         """What is left of the model, for batches of features."""
@@ -264,30 +284,26 @@ class Planner:
     def _recalled(self, frontier: Frontier, kept: list[Tensor], batch: Batch) -> Any:
         return recall(frontier, self.model, self.binding.whole, batch, kept)
 
-    def _made(self, frontier: Frontier, layout: str, batch: Batch) -> dict[str, Tensor]:
+    def _made(self, frontier: Frontier, way: str, batch: Batch) -> dict[str, Tensor]:
         """What is kept of a batch as it is fed: what crosses the frontier, and what else is needed."""
-        change = _LAYOUTS[layout]
-        moved = self.mover(batch)
-        moved = {name: change(value) if _is_image(value) else value for name, value in moved.items()}
-        made = {f"{FEATURE}{place}": tensor for place, tensor in enumerate(self._kept(frontier, moved))}
+        kept = self._kept(frontier, self.mover(batch), way)
+        made = {f"{FEATURE}{place}": tensor for place, tensor in enumerate(kept)}
         rest = [name for name in batch if name in frontier.inputs or name in self.binding.targets]
         return made | {name: batch[name] for name in rest if name not in (INDEX, VALID)}
 
     def _open(
         self, frontier: Frontier, dataset: KeyedDataset, views: Views, example: dict[str, Tensor], moved: Batch,
-        layout: str = "",
+        way: str = "",
     ) -> tuple[Features, str]:  # fmt: skip
-        """The features of a dataset, in whichever layout they lie on the disk, else in the one that is fastest."""
-        layouts = [layout] if layout else _layouts_of(moved)
-        recorded = str(self.decisions.recorded(_NAME) or "").rpartition(", ")[2]
-        layouts = [recorded] if recorded in layouts else layouts
-        head, folder = self._key(frontier, dataset, views, example), cache_folder("features")
-        paths = {name: folder / f"{xxhash.xxh3_128_hexdigest(head + name.encode())}{store.SUFFIX}" for name in layouts
+        """The features of a dataset, computed in whichever way they lie on the disk, else in the fastest."""
+        ways = [way] if way else [layout + end for layout in _layouts_of(moved) for end in ("", _FOLDED)]
+        recorded = _WAY.sub("", str(self.decisions.recorded(_NAME) or ""))
+        ways = [recorded] if recorded in ways else ways
+        head, folder = self._key(dataset, views, example, frontier), cache_folder("features")
+        paths = {name: folder / f"{xxhash.xxh3_128_hexdigest(head + name.encode())}{store.SUFFIX}" for name in ways
                  } if folder else {}  # fmt: skip
         known = [name for name, path in paths.items() if path.exists()]
-        chosen = (known or layouts)[0]
-        if not known and len(layouts) > 1:
-            chosen = min(layouts, key=lambda name: self._seconds(frontier, name, moved))
+        chosen = (known or ways)[0] if known or len(ways) == 1 else self._fastest(frontier, moved)
         num, num_bytes = len(dataset) * views.count, row_bytes(example) * len(dataset) * views.count
         held = Store(num)
         room = room_bytes("disk", folder="features")
@@ -299,33 +315,39 @@ class Planner:
         make = partial(self._made, frontier, chosen)
         return Features(dataset, views, self.seed, make, held, example, in_memory=in_memory, say=self._say), chosen
 
-    def _seconds(self, frontier: Frontier, layout: str, moved: Batch) -> float:
-        laid = {name: _LAYOUTS[layout](value) if _is_image(value) else value for name, value in moved.items()}
-        return _median_s(lambda: self._kept(frontier, laid))
+    def _fastest(self, frontier: Frontier, moved: Batch) -> str:
+        """The fastest way: of the layouts, and with normalisation folded where that gives the same within tolerance."""
+        seconds = {name: _median_s(partial(self._kept, frontier, moved, name)) for name in _layouts_of(moved)}
+        layout = min(seconds, key=lambda name: seconds[name])
+        if not self._folds(frontier, moved):
+            return layout
+        folded = self._kept(frontier, moved, layout + _FOLDED)
+        if not all(map(self._near, self._kept(frontier, moved, layout), folded)):
+            return layout
+        folded_s = _median_s(lambda: self._kept(frontier, moved, layout + _FOLDED))
+        return layout + _FOLDED if folded_s < seconds[layout] else layout
 
-    def _times(self, frontier: Frontier, train: KeyedDataset, batch: Batch, layout: str) -> Times:
+    def _times(self, frontier: Frontier, train: KeyedDataset, batch: Batch, way: str) -> Times:
         """Seconds for each sample, of a chunk: with all of the model, after the frontier, before it, and of reading."""
         size, moved = len(batch[INDEX]), self.mover(batch)
         kept = self._kept(frontier, moved)
         with self._untouched():
             whole_s = _median_s(lambda: self._loss(self.binding.whole, moved))
             rest_s = _median_s(lambda: self._loss(partial(self._recalled, frontier, kept), moved))
-        frozen_s = _median_s(lambda: self._made(frontier, layout, batch))
+        frozen_s = _median_s(lambda: self._made(frontier, way, batch))
         read_s = _median_s(lambda: self._first(train)) / self._readers
         return Times((whole_s + read_s) / size, rest_s / size, (frozen_s + read_s) / size)
 
-    def _key(self, frontier: Frontier, dataset: KeyedDataset, views: Views, example: dict[str, Tensor]) -> bytes:
+    def _key(self, dataset: KeyedDataset, views: Views, example: dict[str, Tensor], frontier: Frontier) -> bytes:
         """All that decides the bits of the features, but for the layout."""
-        modules = [self.model.get_submodule(name) for name in frontier.modules]
-        held = {f"{place}.{name}": t for place, module in enumerate(modules) for name, t in module.state_dict().items()}
         plain = whole(dataset).without_augmentation() if hasattr(whole(dataset), "without_augmentation") else dataset
         inputs = self.mover(self._first(plain))  # as they are brought to the model: mean and std are part of them
         entries = getattr(getattr(whole(dataset), "augmentations", None), "entries", ())
         said = (
-            tensor_sha256(held),
+            tensor_sha256(_frozen_tensors(self.model)),
             tensor_sha256({name: inputs[name] for name in self.binding.keys}),
             dataset.fingerprint(),
-            [_source(type(module)) for module in (self.model, *modules, *_inner(modules))],
+            _sources(self.model),
             [entry if isinstance(entry, str) else _source(entry) for entry in entries],
             (views.count, None if views.is_exact else self.seed),
             repr(frontier.crossings),
@@ -356,6 +378,13 @@ def expected_gain(times: Times, train: Features, valid: Features | None, epochs:
     return before / max(after, 1e-9)
 
 
+def _check_length(epochs: int, num_train: int, num_valid: int, views: int) -> None:
+    """Whether it can pay to look. Raises:  _NoPrefixError for a run that is over before"""
+    before, after = epochs * (num_train + num_valid), views * num_train + num_valid
+    if before < _LONG and (before - after < _LEAST_SAVED or before < _LEAST_RATIO * after):
+        raise _NoPrefixError("so few samples and epochs are over before it would pay")
+
+
 def _median_s(work: Callable[[], Any]) -> float:
     seconds = []
     for _ in range(_TIMES):
@@ -369,22 +398,32 @@ def _layouts_of(batch: Batch) -> list[str]:
     """As it is fed, and where that is another one, either layout of images."""
     images = [value for value in batch.values() if _is_image(value)]
     others = [name for name in _LAYOUTS if any(_LAYOUTS[name](image) is not image for image in images)]
-    return ["as fed", *others]
+    return [AS_FED, *others]
 
 
 def _is_image(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
 
 
-def _inner(modules: list[nn.Module]) -> list[nn.Module]:
-    return [inner for module in modules for inner in module.modules()]
+def _frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that do not learn, and the buffers of modules none of whose own parameters does."""
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    for path, module in model.named_modules():
+        if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            found |= {f"{path}.{name} (buffer)": tensor for name, tensor in module.named_buffers(recurse=False)}
+    return found
+
+
+def _sources(model: nn.Module) -> list[str]:
+    """The code of each class of modules but torch's own, and those of which all learns."""
+    kinds = {type(module) for module in model.modules()
+             if not all(p.requires_grad for p in module.parameters()) or not list(module.parameters())}  # fmt: skip
+    return sorted(_source(kind) for kind in kinds if not kind.__module__.startswith("torch."))
 
 
 def _source(thing: Any) -> str:
-    """The code of a class or function; its name where that cannot be read, as torch's own, whose version is known."""
+    """The code of a class or function; its name where that cannot be read."""
     name = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}"
-    if name.startswith("torch."):
-        return name
     try:
         return f"{name} {xxhash.xxh3_64_hexdigest(inspect.getsource(thing).encode())}"
     except (OSError, TypeError):

@@ -226,16 +226,18 @@ class Prepared:
         number, _, kind = str(recorded).partition(" ")
         return (int(number), "processes") if kind == "processes" else (0, "inline")
 
-    def shorten(self, say: Callable[[str], None]) -> None:
+    def shorten(self, say: Callable[[str], None], epoch: int = 0) -> None:
         """Feed what the frozen part makes of each sample, computed once, where it can be and that pays.
 
-        For the epochs before anything more learns; what the disk keeps of it serves other runs too.
+        For the epochs from ``epoch`` on before anything more learns; what the disk keeps of it serves other runs too.
         """
         work, settings = self.work, self.settings
         if settings.features.cache != "on" and all(p.requires_grad for p in work.model.parameters()):
             return
         planner = Planner(self, settings.features, settings.seed, say)
         self._short_epochs = self._frozen_epochs()
+        if 0 < self._short_epochs <= epoch:
+            return
         self.prefix = planner.plan(work.train, work.valid, self._short_epochs, self._hindrance())
         self._why_whole = planner.note
         if self.prefix is not None:

@@ -16,6 +16,7 @@ from ..keep.checkpoint import Checkpoints, Row
 from ..tensors import pack
 from ..watch.console import Console
 from ..watch.records import Recorder
+from .loop import load_model
 from .prepare import Prepared
 from .signals import Signals
 
@@ -49,13 +50,15 @@ def replay(prepared: Prepared, folder: RunFolder) -> Replay:
     """
     held = Checkpoints(folder.checkpoints)
     first, last = _stretch(held.rows(), folder)
-    prepared.shorten(lambda _: None)
+    state = held.load(held.folder / first.name)
+    load_model(prepared.work.model, state["model"])
+    prepared.shorten(lambda _: None, state["clock"]["epoch"])
     with tempfile.TemporaryDirectory() as place:
         nowhere = _Nowhere(place, metric=prepared.best_metric, mode=prepared.best_mode)
         recorder = Recorder(Path(place) / "records.jsonl", attempt=0)
         try:
             training = prepared.training(nowhere, recorder, Console(quiet=True), Signals(), "")
-            training.load_state_dict(held.load(held.folder / first.name))
+            training.load_state_dict(state)
             training.replay_to(last.step)
         finally:
             recorder.close()

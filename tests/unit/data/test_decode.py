@@ -97,3 +97,10 @@ def test_the_middle_square_is_taken_and_a_fitting_image_is_left_alone() -> None:
     square = smooth(20, 20)
     assert np.shares_memory(resize_short_side_and_center_crop(square, 20), square)
     assert resize_short_side_and_center_crop(image[:, :, :1], 64).shape == (64, 64, 1)
+
+
+def test_a_share_of_the_short_side_is_kept() -> None:
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[4:60, 20:76] = 200  # the middle 56 of 64
+    assert (resize_short_side_and_center_crop(image, 28, fraction=0.875) == 200).all()
+    assert not (resize_short_side_and_center_crop(image, 28) == 200).all()

@@ -203,12 +203,10 @@ def test_where_it_cannot_be_the_reason_is_said(fit: Fit, given: dict[str, Any], 
     assert run._prepared.prefix is None
 
 
-def test_what_does_not_pay_is_left(fit: Fit) -> None:
-    run = fit("auto", epochs=1)
-    value, reason = decided(run)
-    assert (value == "in each step") == ("would make the run" in reason)
-    if value == "in each step":
-        assert run._prepared.prefix is None
+def test_a_run_that_is_over_before_it_would_pay_is_left(fit: Fit) -> None:
+    run = fit("auto", epochs=3)
+    assert run._prepared.prefix is None
+    assert decided(run) == ("in each step", "so few samples and epochs are over before it would pay")
 
 
 def test_when_more_learns_the_whole_model_goes_on(fit: Fit, tmp_path: Path) -> None:
@@ -258,3 +256,77 @@ def test_the_model_is_left_as_it_was(fit: Fit) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert tensor_sha256(dict(model.trunk.state_dict())) == tensor_sha256(dict(Net().trunk.state_dict()))
     assert model(torch.rand(2, 3, 8, 8)).requires_grad
+
+
+RECIPE = """
+[data]
+train = "images"
+valid = "images"
+image_size = 8
+batch_size = 10
+workers = 0
+[model]
+name = "convnet"
+args = {widths = [4]}
+weights = "WEIGHTS"
+[freeze]
+all_but_head = true
+[features]
+cache = "on"
+[train]
+epochs = 2
+threads = 1
+[checkpoint]
+every = 3
+[monitor]
+views = []
+"""
+
+
+def test_a_recipe_that_goes_on_finds_what_its_loaded_weights_made(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").symlink_to(root)
+    for name, seed in (("drawn", 5), ("pretrained", 6)):
+        plain = RECIPE.replace('weights = "WEIGHTS"\n', "").replace("[freeze]\nall_but_head = true\n", "")
+        (tmp_path / f"{name}.toml").write_text(plain.replace('cache = "on"', 'cache = "auto"'))
+        tk.train(tmp_path / f"{name}.toml", set=[f"seed={seed}"], run_dir=tmp_path / name, quiet=True)
+    (tmp_path / "frozen.toml").write_text(RECIPE.replace("WEIGHTS", "pretrained"))
+    whole = tk.train(tmp_path / "frozen.toml", run_dir=tmp_path / "whole", quiet=True)
+    first, step = made(whole), Stepper.__call__
+    calls = iter(range(1, 99))
+
+    def stop(stepper: Stepper, batches: Any) -> Any:
+        if next(calls) == 5:
+            raise StoppedError
+        return step(stepper, batches)
+
+    monkeypatch.setattr(Stepper, "__call__", stop)
+    with pytest.raises(StoppedError):
+        tk.train(tmp_path / "frozen.toml", run_dir=tmp_path / "stopped", quiet=True, set=["checkpoint.on_error=leave"])
+    monkeypatch.setattr(Stepper, "__call__", step)
+    again = tk.resume(tmp_path / "stopped", quiet=True)
+    assert (first, made(again)) == (40, 0)
+    assert parameters(again) == parameters(whole)
+    assert tk.resume(tmp_path / "stopped", quiet=True)._prepared.prefix is None  # nothing is left of its epochs
+
+
+class Rooted(Net):
+    """A parameter of the model itself, used by a function, belongs to the frozen part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image + self.shift)
+
+
+def test_a_parameter_outside_of_any_frozen_module_is_part_of_the_key(fit: Fit) -> None:
+    plan = {"modules": ["trunk", "shift"]}
+    assert made(fit(model=Rooted(), freeze=plan)) == 40
+    assert made(fit(model=Rooted(), freeze=plan)) == 0
+    moved = Rooted()
+    with torch.no_grad():
+        moved.shift += 1.0
+    assert made(fit(model=moved, freeze=plan)) == 40

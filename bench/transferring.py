@@ -34,6 +34,7 @@ WEIGHTS = DATA / "weights" / "mobilenet_v2.pth"
 MODEL = ROOT.parent / "shared" / "models" / "mobilenet_v2.py"
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 RATE, NUM_FEATURES = 1e-3, 1280
+RESIZED = 256  # the short side, of which the middle is cut out
 CHOICE = "frozen part"
 
 # what a run imports on its way; the same is done for Lightning, whose package imports all of it, and for the optimiser
@@ -84,7 +85,7 @@ class Transformed(Pictures):
         path, label = self.samples[index]
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-        scale = self.size * 8 / 7 / min(image.size)
+        scale = RESIZED / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
         left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
         return np.array(image.crop((left, top, left + self.size, top + self.size))), label
@@ -211,8 +212,9 @@ def ours(views: int, seed: int, epochs: int, rate: float, folder: Path) -> dict[
     model = built(seed, ON_THE_WAY)
     known = set(sys.modules)
     begun = time.perf_counter()
-    train = photos("train", image_size=SIZE, augment=AUGMENT if views > 1 else [])
-    run = fit(model, train, photos("val", image_size=SIZE), folder / f"run-{seed}-{rate}", epochs=epochs, seed=seed,
+    view = {"image_size": SIZE, "crop_fraction": SIZE / RESIZED}
+    train = photos("train", **view, augment=AUGMENT if views > 1 else [])
+    run = fit(model, train, photos("val", **view), folder / f"run-{seed}-{rate}", epochs=epochs, seed=seed,
               learning_rate=rate, metrics="accuracy", freeze={"modules": ["features"]},
               features={"views": views})  # fmt: skip
     found = answer(begun, valid_accuracies(run.dir), choice=choice(run.dir))

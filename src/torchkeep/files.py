@@ -386,12 +386,16 @@ class FolderLock:
         return self
 
     @property
+    def is_from_here(self) -> bool:
+        """Whether the process that left the lock was on this host, where the lock tells that it is gone."""
+        return self.left_by.endswith(f" on {socket.gethostname()}")
+
+    @property
     def stale(self) -> str:
         """What to say of a lock that was never given back; empty where the last one was."""
         if not self.left_by:
             return ""
-        is_here = self.left_by.endswith(f" on {socket.gethostname()}")
-        elsewhere = "" if is_here else "; a lock of another host need not reach here: make sure that it has ended"
+        elsewhere = "" if self.is_from_here else "; a lock of another host may not reach here: make sure that it ended"
         return f"the last process in this folder, {self.left_by}, did not end by itself{elsewhere}"
 
     def release(self) -> None:

@@ -184,8 +184,8 @@ def _was_numbered(run: RunFolder, name: str) -> bool:
 def taken(run: Path, console: Console) -> FolderLock:
     """Lock a run's folder; a lock that was left behind is said."""
     lock = FolderLock(run).acquire()
-    if lock.stale:
-        console.warn(lock.stale)
+    if lock.stale:  # of another host: it may still be there
+        (console.say if lock.is_from_here else console.warn)(lock.stale)
     return lock
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -174,15 +175,17 @@ class Planner:
         example = example_of(made[0], self.settings.dtype)
         if any(made[1][name].shape[1:] != row.shape for name, row in example.items()) if len(made) > 1 else False:
             raise _NoPrefixError("its results have several sizes")
-        features, way = self._open(frontier, train, views, example, moved[0])
-        once = Views(1, True, "an evaluation draws nothing")
-        held = self._open(frontier, valid, once, example, moved[0], way)[0] if valid is not None else None
+        splits = [(train, views), *([(valid, _ONE_VIEW)] if valid is not None else [])]
+        heads = [self._key(data, seen, example, frontier) for data, seen in splits]
+        way = self._way(frontier, heads, moved[0])
+        opened = [self._open(frontier, data, seen, example, head, way)
+                  for (data, seen), head in zip(splits, heads, strict=True)]  # fmt: skip
+        features, held = opened[0], opened[1] if valid is not None else None
         times = self._times(frontier, train, batches[0], way)
         gain = expected_gain(times, features, held, epochs)
         if gain < LEAST_GAIN and not is_sure:
-            for part in (features, held):
-                if part is not None:
-                    part.store.close()
+            for part in opened:
+                part.store.close()
             raise _NoPrefixError(f"computing it once would make the run {gain:.2f} × as fast")
         prefix = Prefix(frontier, views, features, held, gain, times)
         self._note(prefix, way)
@@ -291,29 +294,28 @@ class Planner:
         rest = [name for name in batch if name in frontier.inputs or name in self.binding.targets]
         return made | {name: batch[name] for name in rest if name not in (INDEX, VALID)}
 
-    def _open(
-        self, frontier: Frontier, dataset: KeyedDataset, views: Views, example: dict[str, Tensor], moved: Batch,
-        way: str = "",
-    ) -> tuple[Features, str]:  # fmt: skip
-        """The features of a dataset, computed in whichever way they lie on the disk, else in the fastest."""
-        ways = [way] if way else [layout + end for layout in _layouts_of(moved) for end in ("", _FOLDED)]
+    def _way(self, frontier: Frontier, heads: list[bytes], moved: Batch) -> str:
+        """How the frozen part is computed: as what was kept before, or recorded, else in the fastest way."""
+        ways = [layout + end for layout in _layouts_of(moved) for end in ("", _FOLDED)]
         recorded = _WAY.sub("", str(self.decisions.recorded(_NAME) or ""))
-        ways = [recorded] if recorded in ways else ways
-        head, folder = self._key(dataset, views, example, frontier), cache_folder("features")
-        paths = {name: folder / f"{xxhash.xxh3_128_hexdigest(head + name.encode())}{store.SUFFIX}" for name in ways
-                 } if folder else {}  # fmt: skip
-        known = [name for name, path in paths.items() if path.exists()]
-        chosen = (known or ways)[0] if known or len(ways) == 1 else self._fastest(frontier, moved)
+        if recorded in ways:
+            return recorded
+        known = (way for head in heads for way in ways if (path := _path(head, way)) and path.exists())
+        return next(known, "") or self._fastest(frontier, moved)
+
+    def _open(
+        self, frontier: Frontier, dataset: KeyedDataset, views: Views, example: dict[str, Tensor], head: bytes, way: str
+    ) -> Features:
+        """The features of a dataset, those found that were kept before."""
         num, num_bytes = len(dataset) * views.count, row_bytes(example) * len(dataset) * views.count
-        held = Store(num)
-        room = room_bytes("disk", folder="features")
-        if chosen in paths and num_bytes <= room:
-            held = Store.on_disk(paths[chosen], num, room, 2 * num * (row_bytes(example) + 64) + (1 << 20))
+        held, path, room = Store(num), _path(head, way), room_bytes("disk", folder="features")
+        if path is not None and num_bytes <= room:
+            held = Store.on_disk(path, num, room, 2 * num * (row_bytes(example) + 64) + (1 << 20))
         in_memory = num_bytes <= room_bytes("ram")
         if not in_memory and held.path is None:
             raise _NoPrefixError(f"{num_bytes / 1e9:,.1f} GB of it fit neither memory nor disk")
-        make = partial(self._made, frontier, chosen)
-        return Features(dataset, views, self.seed, make, held, example, in_memory=in_memory, say=self._say), chosen
+        make = partial(self._made, frontier, way)
+        return Features(dataset, views, self.seed, make, held, example, in_memory=in_memory, say=self._say)
 
     def _fastest(self, frontier: Frontier, moved: Batch) -> str:
         """The fastest way: of the layouts, and with normalisation folded where that gives the same within tolerance."""
@@ -392,6 +394,15 @@ def _median_s(work: Callable[[], Any]) -> float:
         work()
         seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds)
+
+
+_ONE_VIEW = Views(1, True, "an evaluation draws nothing")
+
+
+def _path(head: bytes, way: str) -> Path | None:
+    """Where features lie that were computed in this way; None where the user has no home."""
+    folder = cache_folder("features")
+    return folder / f"{xxhash.xxh3_128_hexdigest(head + way.encode())}{store.SUFFIX}" if folder else None
 
 
 def _layouts_of(batch: Batch) -> list[str]:

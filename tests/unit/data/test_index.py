@@ -184,7 +184,7 @@ def test_a_user_without_a_home_can_list(tmp_path: Path, monkeypatch: pytest.Monk
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+    for name in ("TORCHKEEP_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
     monkeypatch.setattr(index, "_SAVED_FROM", 1)
@@ -196,6 +196,7 @@ def test_a_user_without_a_home_can_list(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("TORCHKEEP_CACHE", raising=False)
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
     monkeypatch.setattr(index, "_SAVED_FROM", 2)

@@ -140,7 +140,7 @@ def test_what_it_follows_from_gives_another_key(fit: Fit, root: Path, tmp_path: 
     moved.trunk[1].running_mean += 1e-3
     assert made(fit(model=moved)) == 40
     assert made(fit(data=ImageFolder(root, image_size=8, mean=[0.4], std=[0.5]))) == 40
-    assert made(fit(data=ImageFolder(root, image_size=9))) == 40
+    assert made(fit(data=ImageFolder(root, image_size=9))) == 40  # the validation split is of the size before
     assert made(fit(train_settings={"precision": "bf16"})) == 40
     assert made(fit(features={"dtype": "fp16"})) == 40
     assert made(fit(augment=CROP, features={"views": 1})) == 40  # the validation split's are those of before
@@ -211,7 +211,7 @@ def test_a_run_that_is_over_before_it_would_pay_is_left(fit: Fit) -> None:
 
 def test_when_more_learns_the_whole_model_goes_on(fit: Fit, tmp_path: Path) -> None:
     plan = {"modules": ["trunk"], "unfreeze_at_epoch": 2, "rate_scale": 0.5}
-    whole, short = (fit(cache, freeze=plan, epochs=4, learning_rate=1e-3) for cache in ("off", "on"))
+    whole, short = (fit(cache, freeze=plan, epochs=4, optimizer="sgd") for cache in ("off", "on"))
     one, other = (run.model("last").state_dict() for run in (whole, short))
     assert not torch.equal(other["trunk.0.weight"], Net().state_dict()["trunk.0.weight"])
     assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4) for name in one)

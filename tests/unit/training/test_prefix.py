@@ -330,3 +330,20 @@ def test_a_parameter_outside_of_any_frozen_module_is_part_of_the_key(fit: Fit) -
     with torch.no_grad():
         moved.shift += 1.0
     assert made(fit(model=moved, freeze=plan)) == 40
+
+
+class Elsewhere(Net):
+    """What the convolution gives is used beside its normalisation."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        seen = self.trunk[0](image)
+        logits: Tensor = self.head((self.trunk[1](seen) + seen).mean((2, 3)))
+        return logits
+
+
+def test_a_fold_that_changes_results_is_not_taken(fit: Fit) -> None:
+    model = Elsewhere()
+    model.trunk[1].running_mean += 0.5
+    run = fit("on", model=model)
+    assert "folded" not in decided(run)[0]
+    assert run._prepared.prefix is not None

@@ -273,7 +273,7 @@ STATED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "size": ("vit", {"size": {"height": 16, "width": 16}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2]},
              {"image_size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}),
     "crop": ("vit", {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3,
-                     "image_std": [0.5] * 3}, {"image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}),
+                     "image_std": [0.5] * 3}, {"image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_fraction": 0.8}),
     "as they are": ("vit", {"size": 16, "image_mean": [0.5] * 3, "do_normalize": False},
                     {"image_size": 16, "mean": [0.0], "std": [1.0]}),
     "rate": ("wav2vec2", {"sampling_rate": 16000, "feature_extractor_type": "Wav2Vec2FeatureExtractor"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -262,9 +261,6 @@ class Features(KeyedData):
 
     def fingerprint(self) -> str:
         return self.dataset.fingerprint()
-
-    def without_augmentation(self) -> Features:
-        return copy.copy(self)
 
     def id_of(self, index: int) -> str:
         return id_of(self.dataset, index)

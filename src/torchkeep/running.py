@@ -285,7 +285,7 @@ def _with_stated(recipe: Recipe, found: dict[str, Any]) -> Recipe:
             )  # fmt: skip
     if found.keys() <= given.keys():
         return recipe
-    return check(Recipe, override(recipe.model_dump(mode="json"), []) | {"data": data | found | given}, "recipe")
+    return check(Recipe, recipe.model_dump(mode="json") | {"data": data | found | given}, "recipe")
 
 
 def loaded(work: Work) -> Json:

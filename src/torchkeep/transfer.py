@@ -79,7 +79,7 @@ def fine_tune(
     if number:
         head = fit_head(model, number, head)[0]
     named = name or (Path(run_dir).name if run_dir else type(model).__name__.lower())
-    given = override(_merged(_DEFAULTS, settings or {}), []) | {"seed": seed, "name": named}
+    given = _merged(_DEFAULTS, settings or {}) | {"seed": seed, "name": named}
     given["train"] |= {"epochs": epochs} if epochs else {}
     given["optimizer"] |= {"learning_rate": learning_rate} if learning_rate else {}
     chosen = check(RunSettings, given, "tk.fine_tune")

@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import evaluate, fit, inspect, open_run, predict, resume, runs, train
+    from .api import evaluate, fit, inspect, open_run, predict, resume, train
     from .data.arrays import Arrays
     from .data.audio import AudioFolder, AudioTable
     from .data.dataset import Part
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .data.tables import Table
     from .data.text import TextBlocks, TextFolder, TextTable
     from .errors import Interrupted, PreemptedError, TorchkeepError
+    from .history import compare, read_run, runs, sync
     from .keep.checkpoint import Checkpoints
     from .keep.generators import generator_states, set_generator_states
     from .keep.stopping import EarlyStopping
@@ -36,12 +37,16 @@ if TYPE_CHECKING:
     from .running import BestPoint, Run
     from .training.survey import survey
     from .transfer import fine_tune
+    from .watch.monitor import Monitor
+    from .watch.writer import SummaryWriter
 
 __version__ = "0.1.0"
 
 _PLACES = {
     "BestPoint": "running", "Run": "running", "evaluate": "api", "fit": "api", "inspect": "api", "open_run": "api",
-    "predict": "api", "resume": "api", "runs": "api", "train": "api",
+    "predict": "api", "resume": "api", "train": "api",
+    "compare": "history", "read_run": "history", "runs": "history", "sync": "history",
+    "Monitor": "watch.monitor", "SummaryWriter": "watch.writer",
     "Arrays": "data.arrays", "AudioFolder": "data.audio", "AudioTable": "data.audio", "Foreign": "data.foreign",
     "HubDataset": "data.hub", "HubStream": "data.hub", "IdxImages": "data.images", "ImageFolder": "data.images",
     "ImageTable": "data.images", "Loader": "data.loader", "Part": "data.dataset", "Stream": "data.streams",
@@ -55,10 +60,10 @@ _PLACES = {
 
 __all__ = [
     "Arrays", "AudioFolder", "AudioTable", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "FreezePlan",
-    "HubDataset", "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Part",
-    "PreemptedError", "Run", "Stream", "Table", "TextBlocks", "TextFolder", "TextTable", "TorchkeepError", "evaluate",
-    "fine_tune", "fit", "generator_states", "inspect", "load_weights", "open_run", "predict", "resume", "runs",
-    "set_generator_states", "split", "survey", "train",
+    "HubDataset", "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Monitor", "Part",
+    "PreemptedError", "Run", "Stream", "SummaryWriter", "Table", "TextBlocks", "TextFolder", "TextTable",
+    "TorchkeepError", "compare", "evaluate", "fine_tune", "fit", "generator_states", "inspect", "load_weights",
+    "open_run", "predict", "read_run", "resume", "runs", "set_generator_states", "split", "survey", "sync", "train",
 ]  # fmt: skip
 
 

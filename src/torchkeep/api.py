@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,10 @@ from .data.cache import Wanted
 from .data.foreign import as_dataset
 from .data.reading import OnBad
 from .errors import RunFolderError, SettingsError
-from .folder import list_runs, open_run_folder
+from .folder import open_run_folder
 from .keep.checkpoint import Checkpoints, Row
 from .model.describe import ModuleRow, describe
 from .running import (
-    RUNS,
     Run,
     execute,
     fetch,
@@ -42,9 +42,11 @@ from .training.replay import Replay, replay
 from .training.resuming import check_data
 from .usercode import load_function
 from .watch.console import Console
-from .watch.records import next_attempt, read_records
+from .watch.records import Record, dump_record, read_records
 
 Resume = Literal["no", "auto"] | bool
+OnRecord = Sequence[Callable[[Record], Any]]
+Log = Literal["text", "json"]
 
 
 def train(
@@ -55,23 +57,27 @@ def train(
     resume: Resume = "no",
     mirror: str | Path | None = None,
     allow_change: Sequence[str] = (),
+    on_record: OnRecord = (),
+    log: Log = "text",
     quiet: bool = False,
 ) -> Run:
     """Train a recipe: a TOML file's path, or a dict.
 
     ``set`` overrides keys, ``["train.epochs=3"]``. ``resume="auto"`` goes on where the newest run of this name ended.
     ``mirror`` is a folder on another disk to which checkpoints are copied, and where a run that is lost here is found.
-    ``allow_change=["data"]`` goes on with other data.
+    ``allow_change=["data"]`` goes on with other data. ``on_record`` are called with each record, on a thread of their
+    own; ``log="json"`` prints the records as lines of JSON, and everything else to standard error.
 
     Raises:  SettingsError, DataError, ModelError before anything is written; Interrupted, PreemptedError after saving
     """
     read, base = read_recipe(recipe, list(set))
-    console = Console(quiet)
+    console, told = _outlets(quiet, log, on_record)
     with contextlib.closing(console):
         found = find_run(read.name, run_dir, mirror, console) if _goes_on(resume) else None
         lock = taken(found.path, console) if found else None
         with released(lock):
             work, read, code = work_of(read, base, load_function, is_new=found is None)
+            work.on_record = told
             facts = {"recipe": read.model_dump(mode="json"), "base": str(base), "code_files": code, **loaded(work)}
             place = place_of(read.name, run_dir)
             return execute(work, facts, read, base, place, found, lock, console, mirror, allow_change)
@@ -110,6 +116,7 @@ def fit(
     early_stopping: dict[str, Any] | None = None,
     monitor: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    on_record: OnRecord = (),
     quiet: bool = False,
 ) -> Run:
     """Train your own module on your own dataset.
@@ -119,7 +126,7 @@ def fit(
     scheduler object, a function optimiser → scheduler, or a function (step, total_steps) → factor.
     ``step(model, batch, context)`` → ``{"loss": …, anything to log}`` replaces binding and loss. ``freeze`` says what
     stays as it is: ``{"modules": ["features"]}``. ``settings`` takes further sections as a recipe has them:
-    ``{"train": {"clip_norm": 1.0}}``.
+    ``{"train": {"clip_norm": 1.0}}``. ``on_record`` are called with each record, on a thread of their own.
 
     The model is trained in place and keeps its last parameters; ``run.model()`` is a copy with the best ones. ``seed``
     keys order, augmentation and dropout; the first weights are the model's own: seed torch before it is made.
@@ -152,7 +159,7 @@ def fit(
             work = Work(
                 checked, model, as_dataset(train), as_dataset(valid) if valid is not None else None,
                 as_dataset(test) if test is not None else None, batch_size, Feeding(workers, last, cache, on_bad), loss,
-                metrics, optimizer, schedule, schedule_every, step, inputs, targets, collate,
+                metrics, optimizer, schedule, schedule_every, step, inputs, targets, collate, on_record=on_record,
             )  # fmt: skip
             objects = {"model": model, "train": train, "loss": loss, "optimizer": optimizer, "schedule": schedule,
                        "step": step, "collate": collate}  # fmt: skip
@@ -168,14 +175,14 @@ def fit(
 
 def resume(
     run_dir: str | Path, *, set: Sequence[str] = (), trust_code: str | None = None, mirror: str | Path | None = None,
-    allow_change: Sequence[str] = (), quiet: bool = False,
+    allow_change: Sequence[str] = (), on_record: OnRecord = (), log: Log = "text", quiet: bool = False,
 ) -> Run:  # fmt: skip
     """Go on with a recipe's run where its last checkpoint stands.
 
     Raises:  RunFolderError if there is no such run; SettingsError for a run of ``tk.fit``, naming the call to repeat;
              UntrustedCodeError for code that changed or never ran on this machine
     """
-    console = Console(quiet)
+    console, told = _outlets(quiet, log, on_record)
     if mirror is not None:
         fetch(Path(run_dir), mirror, console)
     folder = open_run_folder(run_dir)
@@ -185,6 +192,7 @@ def resume(
             facts = folder.read_run()
             recipe, base = recorded_recipe(folder, facts, list(set))
             work, recipe, _ = work_of(recipe, base, trusting(facts, trust_code), is_new=False)
+            work.on_record = told
             facts = {**facts, "recipe": recipe.model_dump(mode="json")}
             return execute(work, facts, recipe, base, None, folder, lock, console, mirror, allow_change)
 
@@ -242,7 +250,7 @@ def inspect(
     else:
         recipe, base = read_recipe(path, list(set))
         prepared = Prepared(work_of(recipe, base, load_function)[0], Decisions())
-    example = prepared.mover(prepared.loader.peek())
+    example = prepared.mover(prepared.example)
     return describe(prepared.work.model, lambda: prepared.binding.call(example))
 
 
@@ -266,29 +274,18 @@ def _forward_of(model: nn.Module, batch: Any) -> Callable[[], Any]:
     return (lambda: model(**batch)) if isinstance(batch, dict) else (lambda: model(batch))
 
 
-def runs(parent: str | Path = RUNS) -> list[dict[str, Any]]:
-    """A row for each run under a folder, oldest first: name, status, attempts, best metrics, when it began."""
-    rows: list[dict[str, Any]] = []
-    for folder in list_runs(Path(parent)):
-        try:
-            facts = folder.read_run()
-        except RunFolderError as error:
-            rows.append({"name": folder.name, "status": "unreadable", "problem": error.what})
-            continue
-        best = Checkpoints(folder.checkpoints).hint("best")
-        rows.append(
-            {
-                "name": folder.name,
-                "status": folder.status(),
-                "attempts": next_attempt(folder.records),
-                "created": facts["created"],
-                "commit": ((facts.get("code") or {}).get("commit") or "")[:8],
-                "model": (facts.get("recipe") or {}).get("model", {}).get("name")
-                or (facts.get("objects") or {}).get("model", ""),
-                "best": best.get("metrics", {}),
-            }
-        )
-    return rows
+def _outlets(quiet: bool, log: Log, on_record: OnRecord) -> tuple[Console, OnRecord]:
+    """What is printed where: with JSON lines standard output is theirs alone."""
+    if log not in ("text", "json"):
+        raise SettingsError("there is no such log", where="log", got=repr(log), expected='"text" or "json"')
+    if log == "text":
+        return Console(quiet), on_record
+    return Console(quiet, sys.stderr), [*on_record, _print_json]
+
+
+def _print_json(record: Record) -> None:
+    sys.stdout.write(dump_record(record).decode())
+    sys.stdout.flush()
 
 
 def _sections(settings: dict[str, Any], seed: int, name: str) -> dict[str, Any]:

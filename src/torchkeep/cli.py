@@ -26,6 +26,8 @@ _TRUST = click.option("--trust-code", metavar="HASH", help="Run the code that th
 _MIRROR = click.option("--mirror", metavar="DIR", help="Copy checkpoints to DIR too, and find a lost run there.")
 _ALLOW = click.option("--allow-change", "allow_change", multiple=True, type=click.Choice(["data"]),
                       help="Go on although this has changed.")  # fmt: skip
+_LOG = click.option("--log", type=click.Choice(["text", "json"]), default="text", show_default=True,
+                    help="json: each record as a line of JSON, the rest to standard error.")  # fmt: skip
 _QUIET = click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 
 
@@ -47,17 +49,18 @@ def cli() -> None:
 @_MIRROR
 @_ALLOW
 @click.option("--verify-cache", is_flag=True, help="Compute some of the kept features again and compare every bit.")
+@_LOG
 @_QUIET
 def train(
     recipe: str, assignments: tuple[str, ...], run_dir: str | None, resume_mode: Any, mirror: str | None,
-    allow_change: tuple[str, ...], verify_cache: bool, quiet: bool,
+    allow_change: tuple[str, ...], verify_cache: bool, log: Any, quiet: bool,
 ) -> None:  # fmt: skip
     """Train the model that RECIPE (a TOML file) describes."""
     from . import api
 
     assignments += ("features.verify=64",) if verify_cache else ()
     api.train(recipe, set=assignments, run_dir=run_dir, resume=resume_mode, mirror=mirror, allow_change=allow_change,
-              quiet=quiet)  # fmt: skip
+              log=log, quiet=quiet)  # fmt: skip
 
 
 @cli.command()
@@ -66,15 +69,17 @@ def train(
 @_TRUST
 @_MIRROR
 @_ALLOW
+@_LOG
 @_QUIET
 def resume(
     run: str, assignments: tuple[str, ...], trust_code: str | None, mirror: str | None, allow_change: tuple[str, ...],
-    quiet: bool,
+    log: Any, quiet: bool,
 ) -> None:  # fmt: skip
     """Go on with RUN (a run's folder) from its last checkpoint, to the same bits."""
     from . import api
 
-    api.resume(run, set=assignments, trust_code=trust_code, mirror=mirror, allow_change=allow_change, quiet=quiet)
+    api.resume(run, set=assignments, trust_code=trust_code, mirror=mirror, allow_change=allow_change, log=log,
+               quiet=quiet)  # fmt: skip
 
 
 @cli.command()

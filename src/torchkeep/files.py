@@ -166,7 +166,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             raise
 
 
-def write_durable(path: Path, data: bytes) -> Receipt:
+def write_durable(path: Path, data: bytes | memoryview) -> Receipt:
     """Replace ``path`` by ``data``, or leave it as it was.
 
     Raises:  StorageError where the disk refuses; the old content then stands

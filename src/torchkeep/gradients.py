@@ -32,6 +32,12 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     return norm
 
 
+def norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The joint 2-norm of all gradients, on the device."""
+    found: Tensor = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return found
+
+
 def clear(parameters: Iterable[nn.Parameter]) -> None:
     """Forget all gradients. None rather than zeros: the next backward then writes instead of adding."""
     for parameter in parameters:

@@ -341,13 +341,13 @@ def execute(
                     "seed": work.settings.seed,
                     "decisions": decisions.to_json(),
                     "data": {"fingerprints": work.fingerprints(), "schema": work.train.schema.to_json()},
-                    "code": code_state(base if recipe else source_folder()),
+                    "code": code_state(base if recipe else source_folder(), place.parent),
                     "environment": environment(),
                     "command": command(),
                 }
             )
     try:
-        attempt(prepared, folder, console, began, changes, Path(mirror) if mirror else None)
+        attempt(prepared, folder, console, began, changes, base if recipe else source_folder(), mirror)
     finally:
         prepared.close()
         if lock is not None:

@@ -30,6 +30,7 @@ ROOMS_BELOW = {
     **{wing: {"root", wing} for wing in WINGS},
     "training": {"root", *WINGS, "training"},
     "share": {"root", *WINGS, "training", "share"},
+    "history": {"root", "watch"},
     "running": {"root", *WINGS, "training", "share"},
     "transfer": {"root", *WINGS, "training", "share", "running"},
     "api": {"root", *WINGS, "training", "share", "running"},

@@ -39,9 +39,9 @@ from .snapshot import FORMAT, Memory, Snapshot, parted
 from .stopping import Mode, better_mode
 
 _STATE = "state.json"
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _MOST_HELD_BYTES = 64 << 20
-_MOST_MANIFEST_BYTES = 1 << 20  # one has a few names: with a million someone wants to keep a reader busy
+_MOSTMANIFEST_BYTES = 1 << 20  # one has a few names: with a million someone wants to keep a reader busy
 _NAME = re.compile(r"step-(\d{8,})")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 
@@ -402,7 +402,7 @@ def _read_whole(path: Path, part: str | None) -> tuple[Json, dict[str, np.ndarra
     head = _head_of(path)
     wanted = {file for of, file in head["files"].items() if part in (None, of)}
     if part is None and {f"{file}.safetensors" for file in wanted} != files.keys() - {_STATE}:
-        raise _damaged(path, f"{_MANIFEST} and {_STATE} name other files")
+        raise _damaged(path, f"{MANIFEST} and {_STATE} name other files")
     held = {}
     for file in wanted:
         name = f"{file}.safetensors"
@@ -477,11 +477,11 @@ _MIGRATIONS: dict[int, Callable[[Json], Json]] = {1: lambda head: {**head, "form
 
 def _manifest_of(path: Path) -> dict[str, Receipt]:
     """Raises:  DamagedError where it is none"""
-    file = path / _MANIFEST
+    file = path / MANIFEST
     if file.is_symlink() or not file.is_file():
-        raise _damaged(path, f"{_MANIFEST} is missing")
-    if file.stat().st_size > _MOST_MANIFEST_BYTES:
-        raise _damaged(path, f"{_MANIFEST} has {file.stat().st_size:,} bytes")
+        raise _damaged(path, f"{MANIFEST} is missing")
+    if file.stat().st_size > _MOSTMANIFEST_BYTES:
+        raise _damaged(path, f"{MANIFEST} has {file.stat().st_size:,} bytes")
     try:
         manifest = read_json(file)
         if manifest["format"] != 1:

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..contracts import Json
 from ..errors import Interrupted, PreemptedError, TorchkeepError
 from ..folder import RunFolder
-from ..keep.checkpoint import Checkpoints, Saved
+from ..keep.checkpoint import MANIFEST, Checkpoints, Saved
 from ..keep.generators import seed_generators
 from ..keep.mirror import Mirror
 from ..tensors import tensor_sha256
 from ..watch.console import Console, format_number, format_seconds
-from ..watch.records import Recorder, last_step, next_attempt
-from ..watch.tensorboard import TensorBoardView
+from ..watch.media import Medium
+from ..watch.monitor import make_views
+from ..watch.recorder import Recorder
+from ..watch.records import last_step, next_attempt, records_of
+from ..watch.system import System
 from .loop import Training, load_model
 from .prepare import Prepared
+from .provenance import EnvironmentLock, untracked_files
 from .resuming import Changes
 from .signals import Signals
+from .watching import DUES, Watching
+
+_STARTS_WITH = ("recipe", "settings", "objects", "seed", "command", "code", "data", "device")
 
 
 def attempt(
-    prepared: Prepared, folder: RunFolder, console: Console, began: float, changes: Changes, mirror: Path | None
-) -> None:
+    prepared: Prepared, folder: RunFolder, console: Console, began: float, changes: Changes, base: Path,
+    mirror: str | Path | None,
+) -> None:  # fmt: skip
     """Train a prepared run to its end in its folder, whose lock is held.
 
-    ``began`` is when the command began, Unix s. An attempt that is not exact, since something has changed, is shown
+    ``began`` is when the command began, Unix s; ``base`` is where its code lies. An attempt that is not exact, since something has changed, is shown
     apart where it takes steps again that were recorded before (law 9).
 
     Raises:  Interrupted or PreemptedError after saving; RunFailedError, with the last good checkpoint standing
@@ -41,24 +52,32 @@ def attempt(
     taken = checkpoints.take_up()
     saved = taken[0] if taken else None
     if mirror is not None:
-        copied = Mirror(folder.path, mirror, console.warn)
+        copied = Mirror(folder.path, Path(mirror), console.warn)
         checkpoints.after_visible = copied.begin
     goes_apart = not changes.is_exact and last_step(folder.records) > (saved.step if saved else 0)
-    shown = folder.tensorboard / f"attempt-{number}" if goes_apart else folder.tensorboard
-    views = [TensorBoardView(shown, number)] if "tensorboard" in settings.monitor.views else []
-    recorder = Recorder(folder.records, attempt=number, views=views, on_alert=console.warn)
-    training = prepared.training(checkpoints, recorder, console, Signals(), _go_on(prepared, folder))
+    views = make_views(settings.monitor, folder.path, number, apart=goes_apart)
+    recorder = Recorder(
+        folder.records, attempt=number, views=views, on_record=prepared.work.on_record, on_alert=console.warn
+    )
+    watching = Watching(prepared, recorder, console.say, _periods(folder.records) if number else {})
+    training = prepared.training(checkpoints, recorder, console, Signals(), _go_on(prepared, folder), watching)
     training.data_changed = changes.data
+    clock = training.clock
+    system = System(
+        lambda values: recorder.log("system", **clock.state_dict(), values=values), folder.path,
+        settings.monitor.system_every_s,
+    )  # fmt: skip
     try:
         # before anything is recorded: a checkpoint that does not fit leaves no record behind
         _restore(training, taken[1] if taken else None, settings.seed)
         _announce(training, prepared, folder, saved, changes)
         if number == 0:
-            _record_start(training, prepared, began)
+            _record_start(training, prepared, folder, began, base)
         metrics, reason = _train(training, prepared)
     finally:
         with contextlib.suppress(Exception):
             checkpoints.join()  # the folder's lock is not given back while a thread still writes there
+        system.close()
         with contextlib.suppress(Exception):
             recorder.close()
         if mirror is not None:
@@ -77,7 +96,7 @@ def _train(training: Training, prepared: Prepared) -> tuple[dict[str, float], st
             if best is not None:
                 put(prepared.work.model, training.checkpoints, best)
             metrics = {**training.metrics, **_test(prepared, training)}
-        _record_end(training, "finished", metrics, reason)
+        _record_end(training, "finished", metrics, reason, _artifacts(training, prepared))
     except BaseException as error:
         _record_failure(training, error)
         raise
@@ -142,11 +161,20 @@ def _restored(training: Training) -> str:
     return ", ".join(parts)
 
 
-def _record_start(training: Training, prepared: Prepared, began: float) -> None:
-    at = training.clock.state_dict()
-    training.recorder.log("run_start", **at, began=began, seed=prepared.work.settings.seed)
+def _periods(records: Path) -> dict[str, int]:
+    """How often something expensive is done, as an earlier attempt has decided it."""
+    return {row["name"]: row["value"] for row in records_of(records, "decision") if row["name"] in DUES}
+
+
+def _record_start(training: Training, prepared: Prepared, folder: RunFolder, began: float, base: Path) -> None:
+    at, log = training.clock.state_dict(), training.recorder.log
+    facts = {key: value for key, value in folder.read_run().items() if key in _STARTS_WITH}
+    log("run_start", **at, began=began, **facts, late=EnvironmentLock())
+    for name, data in untracked_files(base, facts["code"]):
+        kept = Medium(data, ".txt", {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
+        log("artifact", **at, name=name, type="code", parents=[], late=kept)
     for row in prepared.decisions.to_json():
-        training.recorder.log("decision", **at, **row)
+        log("decision", **at, **row)
 
 
 def _test(prepared: Prepared, training: Training) -> dict[str, float]:
@@ -162,9 +190,30 @@ def _test(prepared: Prepared, training: Training) -> dict[str, float]:
     return measured
 
 
-def _record_end(training: Training, status: str, metrics: dict[str, float], reason: str) -> None:
+def _artifacts(training: Training, prepared: Prepared) -> list[Json]:
+    """The checkpoints that a run ends with; one is named by the sha256 of its manifest, which has all checksums."""
+    parents, place = list(prepared.work.fingerprints().values()), training.checkpoints.folder
+    rows = []
+    for name in ("best", "last"):
+        saved = place / str(training.checkpoints.hint(name).get("folder"))
+        with contextlib.suppress(OSError):
+            manifest = (saved / MANIFEST).read_bytes()
+            size = sum(file.stat().st_size for file in saved.iterdir())
+            rows.append({"name": name, "type": "checkpoint", "path": f"{place.name}/{saved.name}", "bytes": size,
+                         "parents": parents, "sha256": hashlib.sha256(manifest).hexdigest()})  # fmt: skip
+    return rows
+
+
+def _record_end(
+    training: Training, status: str, metrics: dict[str, float], reason: str, artifacts: Sequence[Json] = ()
+) -> None:
     at = training.clock.state_dict()
-    training.recorder.log("run_end", **at, status=status, reason=reason, metrics=dict(metrics))
+    for row in artifacts:
+        training.recorder.log("artifact", **at, **row)
+    training.recorder.log(
+        "run_end", **at, status=status, reason=reason, metrics=dict(metrics), artifacts=list(artifacts),
+        device_waits=training.window.num_waits,
+    )  # fmt: skip
     training.recorder.flush(durable=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from .device import Mover, autocast
 from .metrics import Adapted, Metric
 from .objective import Objective, prediction_of
 from .optim import Average
+from .seen import Seen
 from .step import Stepper, UserStep, split_logged
 
 
@@ -36,7 +38,9 @@ class Evaluation:
         self._metrics, self._precision, self.average = metrics, precision, average
         self._user_step, self._stepper = user_step, stepper
 
-    def __call__(self, loader: Loader, split: str) -> dict[str, float]:
+    def __call__(self, loader: Loader, split: str, seen: Seen | None = None) -> dict[str, float]:
+        """Loss and metrics of a split. ``seen`` gathers what is to be shown of it."""
+        self._seen = seen
         loader.rewind()
         for metric in self._metrics:
             metric.reset()
@@ -65,9 +69,16 @@ class Evaluation:
             output = self._binding.call(moved)
             target = self._binding.target(moved)
             loss = self._objective(output, target)
-        for metric in self._metrics:
-            metric.update(prediction_of(output), target)
+        self._note(batch, prediction_of(output), target)
         return loss, self._objective.count(target, size)
+
+    _seen: Seen | None = None
+
+    def _note(self, batch: Batch, output: Any, target: Any) -> None:
+        for metric in self._metrics:
+            metric.update(output, target)
+        if self._seen is not None:
+            self._seen.add(batch, output, target)
 
     def _checked(self, batch: Batch, split: str) -> tuple[Tensor, int | Tensor]:
         try:
@@ -81,8 +92,7 @@ class Evaluation:
         logged = user_step(self._binding.model, batch, self._stepper.context(training=False))
         loss, _ = split_logged(logged)
         if isinstance(logged, dict) and "output" in logged and "target" in logged:
-            for metric in self._metrics:
-                metric.update(prediction_of(logged["output"]), logged["target"])
+            self._note(batch, prediction_of(logged["output"]), logged["target"])
         return loss
 
 

@@ -31,7 +31,7 @@ from ..keep.generators import generator_states, set_generator_states
 from ..keep.stopping import EarlyStopping, is_better
 from ..model.freeze import FreezePlan, begin_training
 from ..watch.console import Console
-from ..watch.records import Recorder
+from ..watch.recorder import Recorder
 from ..watch.trainable import show_trainable
 from .evaluate import Evaluation
 from .metrics import Adapted, Metric
@@ -40,11 +40,13 @@ from .prefix import GAIN, Prefix
 from .recipe import RunSettings
 from .signals import Signals
 from .step import Stepper
-from .window import Window, samples_text
+from .watching import Watching
+from .window import LogPoint, Window, samples_text
 
 _TICK_S = 0.25  # between two looks at the bar and the clock on the wall
 _RATE_EVERY_S = 2.0
 _SHORT_EPOCH_S = 10.0
+_READ_EVERY = 50  # steps: with denser log points the numbers of many are read together
 
 
 @dataclass
@@ -91,8 +93,9 @@ class Training:
     """One run under way. Its state is all that decides its further course."""
 
     def __init__(
-        self, parts: Parts, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals, go_on: str
-    ):
+        self, parts: Parts, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals,
+        go_on: str, watching: Watching | None = None,
+    ):  # fmt: skip
         settings = self.settings = parts.settings
         self.clock, self.stepper, self.evaluation = parts.clock, parts.stepper, parts.evaluation
         self.loader, self.valid, self.log_every = parts.loader, parts.valid, parts.log_every
@@ -100,7 +103,7 @@ class Training:
         self.best_metric, self.stopper, self.average = parts.best_metric, parts.stopper, parts.average
         self.train_metrics, self.objects, self.plan = parts.train_metrics, parts.objects, parts.plan
         self.checkpoints, self.recorder = checkpoints, recorder
-        self.console, self.signals, self.go_on = console, signals, go_on
+        self.console, self.signals, self.go_on, self.watching = console, signals, go_on, watching
         self._loaders_at, self._prefix, self._trainable = parts.loaders_at, parts.prefix, parts.trainable
         self._choose_loaders()
         self.best = Best()
@@ -108,9 +111,10 @@ class Training:
         self.metrics: dict[str, float] = {}
         self.window = Window()
         self._epoch_loss, self._epoch_samples = 0.0, 0
-        self._next_log = self.log_every
+        self._watch_every = self.log_every * -(-_READ_EVERY // self.log_every)
+        self._plan_log_points()
         self._last_indices: list[Tensor] = []
-        self._trained_s, self._trained_samples = 0.0, 0
+        self._trained_s, self._trained_samples, self._trained_steps = 0.0, 0, 0
         every = settings.checkpoint.every
         self._save_steps = every if isinstance(every, int) else None
         self._save_period_s = settings.checkpoint.period_s()
@@ -139,6 +143,8 @@ class Training:
         if self.plan is not None:
             self.plan.check()
             self._show_trainable(is_new=self._last_saved_step < 0)
+        if self.watching is not None:
+            self.watching.begin(is_new=self._last_saved_step < 0)
         with self.signals:
             try:
                 self._run_epochs()
@@ -182,10 +188,12 @@ class Training:
     def _epoch(self) -> bool:
         """Steps up to the epoch's end, or to the last step; whether the epoch was finished."""
         clock, stepper, window, limit = self.clock, self.stepper, self.window, self.total_steps
-        begun, samples = time.perf_counter(), clock.samples
+        begun, samples, first = time.perf_counter(), clock.samples, clock.step
         last_of_epoch = clock.step + self._steps_left()
         for batches in self._groups():
             self._last_indices = indices = [batch[INDEX] for batch in batches]
+            if clock.step + 1 == self._next_watch:
+                stepper.is_watched = True
             try:
                 result = stepper(batches)
             except Exception as error:
@@ -199,6 +207,8 @@ class Training:
             now = time.perf_counter()
             if now >= self._next_tick:
                 self._tick(now)
+            if clock.step >= self._next_look:
+                self._look()
             if clock.step == last_of_epoch:
                 continue  # what is due is done at the epoch's end, after the evaluation
             if self.plan is not None:
@@ -207,7 +217,7 @@ class Training:
             if clock.step >= limit:
                 break  # the same
             if clock.step >= self._next_log:
-                self._log_point()
+                self._log_point(wait=False)
             if self.signals.asked is not None:
                 self._leave()
             self.checkpoints.check()
@@ -215,6 +225,7 @@ class Training:
                 self.save(wait=False)
         self._trained_s += time.perf_counter() - begun
         self._trained_samples += clock.samples - samples
+        self._trained_steps += clock.step - first
         return clock.step == last_of_epoch
 
     def _unfreeze(self, plan: FreezePlan) -> None:
@@ -253,7 +264,7 @@ class Training:
         begin_training(self.stepper.model)
         with contextlib.suppress(_StopReached):
             self._run_epochs()
-        self.window.read(self.clock.step)
+        self._read()
 
     _stop_at = -1
 
@@ -273,26 +284,57 @@ class Training:
         if group:
             yield group
 
-    def _log_point(self) -> None:
-        """Read what lies on the device and record it. Log points follow steps, never time."""
+    def _plan_log_points(self) -> None:
+        step = self.clock.step
+        self._next_log = (step // self.log_every + 1) * self.log_every
+        self._next_watch = (step // self._watch_every + 1) * self._watch_every
+        self._next_read = step + _READ_EVERY
+
+    def _log_point(self, wait: bool = True) -> None:
+        """Close what the steps since the last log point have left. Log points follow steps, never time."""
+        self.window.mark(self.clock.state_dict(), self.stepper.optimizers.rates())
         self._next_log = (self.clock.step // self.log_every + 1) * self.log_every
-        self.window.read(self.clock.step)
-        total, samples = self.window.sums()
-        if not samples:
-            return
-        self._epoch_loss += total
-        self._epoch_samples += samples
-        values = {"train/loss": total / samples, **self.stepper.optimizers.rates()}
-        values |= {f"train/{name}": sum(read) / len(read) for name, read in self.window.extras.items()}
+        if self.clock.step >= self._next_watch:
+            self._next_watch = (self.clock.step // self._watch_every + 1) * self._watch_every
+        if wait or self.clock.step >= self._next_read:
+            self._read(wait)
+
+    def _read(self, wait: bool = True) -> None:
+        """Record the log points whose numbers have come from the device; ``wait`` for all of them."""
+        self._next_read = self.clock.step + _READ_EVERY
+        for point in self.window.read(self.clock.step, wait):
+            if point.samples:
+                self._record_point(point)
+
+    def _record_point(self, point: LogPoint) -> None:
+        self._epoch_loss += point.loss_sum
+        self._epoch_samples += point.samples
+        values = {"train/loss": point.loss_sum / point.samples, **point.rates}
+        values |= {f"train/{name}": sum(read) / len(read) for name, read in point.extras.items()}
         self.metrics["train/loss"] = values["train/loss"]
-        self._record("scalars", values=values)
-        self.window.values, self.window.counts, self.window.extras = [], [], {}
+        self.recorder.log("scalars", **point.clock, values=values)
+        if self.watching is not None:
+            self.watching.read(values)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds a step of this attempt, evaluation and saving left out."""
+        return self._trained_s / self._trained_steps if self._trained_steps else 0.0
+
+    @property
+    def _next_look(self) -> int:
+        return self.watching.next_step if self.watching is not None else self.total_steps + 1
+
+    def _look(self) -> None:
+        if self.watching is not None:
+            self.watching.at_step(self.step_s)
 
     def _record(self, kind: str, **payload: Any) -> None:
         self.recorder.log(kind, **self.clock.state_dict(), **payload)
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + _TICK_S
+        self._read(wait=False)
         passed = now - self._rate_since
         if passed >= _RATE_EVERY_S or not self._rate:
             self._rate = (self.clock.samples - self._rate_samples) / passed if self._rate_samples else 0.0
@@ -301,7 +343,9 @@ class Training:
                 fed, before = replace(self.loader.stats), self._fed
                 self._fed = fed
                 values = {"train/samples_per_s": round(self._rate, 1), **fed.since(before, passed)}
-                self._record("timing", values=values)
+                self._record("timing", values={**values, "train/device_waits": self.window.num_waits})
+                if self.watching is not None:
+                    self.watching.fed(values.get("loader/waiting_fraction"))
         self.console.progress(self.clock.step, self.clock.epoch, self._rate, self.metrics)
 
     def _is_save_due(self, now: float) -> bool:
@@ -325,8 +369,7 @@ class Training:
         measured = {"train/loss": mean, **self._read_train_metrics()}
         self._say_bad()
         if self.valid is not None:
-            measured |= self.evaluation(self.valid, "valid")
-            self._record("scalars", values={k: v for k, v in measured.items() if k.startswith("valid/")})
+            measured |= self._evaluate(self.valid)
         self.metrics = dict(measured)
         self.stepper.optimizers.after_epoch(measured, self.best_metric)
         if self.stopper is not None:
@@ -334,6 +377,8 @@ class Training:
         is_best = self._note_best(measured)
         row = {"epoch": self.clock.epoch, "step": self.clock.step, "samples": self.clock.samples, "metrics": measured}
         self.history.append(row)
+        if self.watching is not None:
+            self.watching.after_epoch(self.history, self.step_s)
         number = self.clock.epoch - 1 if finished else self.clock.epoch
         if self.plan is not None:
             self._unfreeze(self.plan)
@@ -342,6 +387,14 @@ class Training:
         self._save_after_epoch(is_best)
         if self.signals.asked is not None:
             self._leave()
+
+    def _evaluate(self, valid: Loader) -> dict[str, float]:
+        seen = self.watching.gatherer() if self.watching is not None else None
+        measured = self.evaluation(valid, "valid", seen)
+        self._record("scalars", values=measured)
+        if self.watching is not None and seen is not None:
+            self.watching.show_seen(seen, "valid", self.step_s)
+        return measured
 
     def _say_bad(self) -> None:
         """Record which samples could not be read so far, where there are more of them than an epoch before."""
@@ -383,7 +436,7 @@ class Training:
 
         It is durable when this returns, or is written meanwhile where ``wait`` is False.
         """
-        self.window.read(self.clock.step)
+        self._read()
         self._check_parameters()
         at_epoch_end = bool(self.history) and self.history[-1]["step"] == self.clock.step
         metrics = self.metrics if at_epoch_end else {}
@@ -485,7 +538,7 @@ class Training:
         for metric, saved in zip(self.train_metrics, state["train_metrics"], strict=True):
             metric.load_state_dict(saved)
         self._num_bad = state.get("num_bad", 0)
-        self._next_log = (self.clock.step // self.log_every + 1) * self.log_every
+        self._plan_log_points()
         self._last_saved_step = self.clock.step
         set_generator_states(state["rng"])  # last: nothing after this may draw
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..contracts import Batch, Clock, Json, KeyedDataset
+from ..contracts import Batch, Clock, Json, KeyedDataset, Schema
 from ..data.arrays import Arrays
 from ..data.cache import Wanted
 from ..data.dataset import Part, whole
@@ -29,7 +29,7 @@ from ..model.build import Built
 from ..model.describe import describe
 from ..model.freeze import FreezePlan, evaluating, learning
 from ..watch.console import Console
-from ..watch.records import Recorder
+from ..watch.recorder import Recorder
 from .binding import Binding, Inputs, Keys, batch_text
 from .decisions import Decisions
 from .device import Mover, autocast, choose_device, choose_precision, choose_threads, make_scaler
@@ -43,6 +43,7 @@ from .prefix import Planner, Prefix, picture
 from .recipe import RunSettings
 from .signals import Signals
 from .step import Stepper, UserStep
+from .watching import Watching
 
 _LOG_EVERY = 50
 
@@ -84,6 +85,7 @@ class Work:
     resolved: Json = None
     built: Built | None = None
     notes: list[tuple[str, str, str, str]] = field(default_factory=list)
+    on_record: Sequence[Callable[[Json], Any]] = ()
 
     def fingerprints(self) -> dict[str, str]:
         """What names each split's content."""
@@ -119,7 +121,7 @@ class Prepared:
                 "no batch is left of the training data", where="data.last = 'drop'",
                 got=f"{len(work.train)} samples, batch_size {work.batch_size}", expected="at least one whole batch",
             )  # fmt: skip
-        batch = self.loader.peek()
+        batch = self.example = self.loader.peek()
         self.mover = Mover(self.device, work.train.schema)
         for loader in (self.loader, self.valid):
             if loader is not None:
@@ -274,7 +276,7 @@ class Prepared:
         if self.plan is None:
             return None
         if self._seconds is None:
-            example = self.mover(self.loader.peek())
+            example = self.mover(self.example)
             few = {name: value[:4] if isinstance(value, Tensor) else value for name, value in example.items()}
             is_own = self.work.step is not None
             rows = [] if is_own else describe(self.work.model, lambda: self.binding.whole(few))
@@ -511,10 +513,31 @@ class Prepared:
         return EarlyStopping(metric, mode, chosen.patience, chosen.min_delta, chosen.warmup)
 
     def training(
-        self, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals, go_on: str
-    ) -> Training:
+        self, checkpoints: Checkpoints, recorder: Recorder, console: Console, signals: Signals, go_on: str,
+        watching: Watching | None = None,
+    ) -> Training:  # fmt: skip
         """The training itself, once it has a folder."""
-        return Training(self, checkpoints, recorder, console, signals, go_on)
+        return Training(self, checkpoints, recorder, console, signals, go_on, watching)
+
+    @property
+    def is_own_step(self) -> bool:
+        return self.work.step is not None
+
+    @property
+    def schema(self) -> Schema:
+        return self.work.train.schema
+
+    @property
+    def chance_loss(self) -> float | None:
+        """The loss of guessing among as many classes as there are; None where the loss is no cross-entropy."""
+        classes = [self.schema[name].num_classes for name in self.schema.targets]
+        is_known = self.objective.name == "cross_entropy" and len(classes) == 1 and classes[0] > 1
+        return math.log(classes[0]) if is_known else None
+
+    def forward(self, batch: Batch) -> Any:
+        """The whole model on a batch as the loader gives it."""
+        with autocast(self.precision, self.device):
+            return self.binding.whole(self.mover(batch))
 
     def close(self) -> None:
         """End the loaders' workers, and leave torch's own settings as they were."""

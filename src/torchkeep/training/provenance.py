@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -15,19 +16,25 @@ import torch
 from ..contracts import Json
 
 _MAX_DIFF_BYTES = 1 << 20
+_MAX_FILE_BYTES, _MAX_FILES_BYTES = 1 << 18, 1 << 22
 _PACKAGES = ("torchkeep", "torch", "numpy", "safetensors", "pyarrow", "opencv-python-headless", "simplejpeg", "pillow",
              "transformers", "torchmetrics")  # fmt: skip
 
 
-def code_state(folder: Path) -> Json:
-    """The commit of the repository around ``folder``, its diff, and its untracked files by hash; None outside one."""
+def code_state(folder: Path, runs: Path) -> Json:
+    """The commit of the repository around ``folder``, its diff, and its untracked files by hash; None outside one.
+
+    What lies in the folder of runs is no code.
+    """
     commit = _git(folder, "rev-parse", "HEAD")
     top = _git(folder, "rev-parse", "--show-toplevel")
     if not top:
         return None
     diff = _git(folder, "diff", "HEAD", "--no-color") if commit else ""
     untracked = _git(folder, "ls-files", "--others", "--exclude-standard", "-z", str(top))
-    names = [name for name in untracked.split("\0") if name][:1000]
+    inside = runs.absolute()
+    names = [name for name in untracked.split("\0") if name and not (folder / name).absolute().is_relative_to(inside)]
+    names = names[:1000]
     return {
         "commit": commit or None,
         "diff": diff if len(diff) <= _MAX_DIFF_BYTES else diff[:_MAX_DIFF_BYTES],
@@ -51,6 +58,31 @@ def _sha256(path: Path) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return None
+
+
+def untracked_files(folder: Path, code: Json) -> Iterator[tuple[str, bytes]]:
+    """What no commit holds of the code: the small untracked files that are text, by name."""
+    left = _MAX_FILES_BYTES
+    for name, digest in (code or {}).get("untracked", {}).items():
+        path = folder / name
+        try:
+            if digest is None or path.stat().st_size > min(left, _MAX_FILE_BYTES):
+                continue
+            data = path.read_bytes()
+            data.decode()
+        except (OSError, UnicodeDecodeError):
+            continue
+        left -= len(data)
+        yield name, data
+
+
+class EnvironmentLock:
+    """Every installed package, looked up on the thread that asks for it: that takes a tenth of a second."""
+
+    def settle(self, media: object) -> dict[str, Json]:
+        found = {row.metadata["Name"]: row.version for row in metadata.distributions()}
+        lock = [f"{name}=={version}" for name, version in sorted(found.items()) if name]
+        return {"environment": {**environment(), "lock": lock}}
 
 
 def environment() -> Json:

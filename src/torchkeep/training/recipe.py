@@ -16,7 +16,7 @@ from ..keep.stopping import EarlyStoppingSettings
 from ..model.build import ModelSettings
 from ..model.freeze import FreezeSettings
 from ..settings import Settings, check, override, read_toml
-from ..watch.records import MonitorSettings
+from ..watch.monitor import MonitorSettings
 from .features import FeatureSettings
 from .metrics import check_metric_name
 from .optim import OptimizerSettings

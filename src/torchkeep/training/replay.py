@@ -15,7 +15,7 @@ from ..folder import RunFolder
 from ..keep.checkpoint import Checkpoints, Row
 from ..tensors import pack
 from ..watch.console import Console
-from ..watch.records import Recorder
+from ..watch.recorder import Recorder
 from .loop import load_model
 from .prepare import Prepared
 from .signals import Signals

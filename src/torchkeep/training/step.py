@@ -18,6 +18,7 @@ from .binding import Binding
 from .device import Mover, autocast
 from .metrics import Adapted, Metric
 from .mixing import Mixing
+from .movement import Movement
 from .objective import Objective, prediction_of
 from .optim import Average, Optimizers
 
@@ -54,7 +55,7 @@ class StepResult:
 
     loss: Tensor
     samples: int
-    extras: dict[str, Tensor] | None = None
+    extras: dict[str, Tensor | float] | None = None
 
 
 class Stepper:
@@ -70,7 +71,11 @@ class Stepper:
         self._binding, self._objective, self._mover, self._clock = binding, objective, mover, clock
         self._seed, self._precision, self._clip_norm = seed, precision, clip_norm
         self._average, self._metrics, self._user_step, self._mixing = average, metrics, user_step, mixing
+        self._movement = Movement(binding.model)
         self._forward = self._forward_plain if precision == "fp32" else self._forward_autocast
+
+    is_watched = False
+    """Whether the next step logs the gradients' norm and how far each part is moved."""
 
     def __call__(self, batches: Sequence[Batch]) -> StepResult:
         """Update once. ``batches`` are the micro-batches of this step, one in most runs."""
@@ -84,6 +89,7 @@ class Stepper:
         self.optimizers.after_step()
         if self._average is not None:
             self._average.update()
+        self.is_watched = False
         return result
 
     def _single(self, batch: Batch) -> StepResult:
@@ -121,14 +127,18 @@ class Stepper:
         with autocast(self._precision, self._mover.device):
             return self._forward_plain(batch, part)
 
-    def _update(self) -> dict[str, Tensor] | None:
-        scaler, extras = self.optimizers.scaler, None
+    def _update(self) -> dict[str, Tensor | float] | None:
+        scaler, parameters = self.optimizers.scaler, self.optimizers.parameters
         optimizers = self.optimizers.by_name.values()
+        extras: dict[str, Tensor | float] | None = None
+        if scaler is not None and (self._clip_norm is not None or self.is_watched):
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
         if self._clip_norm is not None:
-            if scaler is not None:
-                for optimizer in optimizers:
-                    scaler.unscale_(optimizer)
-            extras = {"gradient_norm": gradients.clip(self.optimizers.parameters, self._clip_norm)}
+            extras = {"gradient_norm": gradients.clip(parameters, self._clip_norm)}
+        elif self.is_watched:
+            extras = {"gradient_norm": gradients.norm(parameters)}
+        held = self._movement.before(parameters) if self.is_watched else []
         for optimizer in optimizers:
             if scaler is None:
                 optimizer.step()
@@ -136,7 +146,7 @@ class Stepper:
                 scaler.step(optimizer)
         if scaler is not None:
             scaler.update()
-        return extras
+        return extras if not held else {**(extras or {}), **self._movement.after(held)}
 
     def _own(self, user_step: UserStep, batches: Sequence[Batch]) -> StepResult:
         samples, losses, extras = sum(len(b[INDEX]) for b in batches), [], None
@@ -213,7 +223,7 @@ class Stepper:
         )  # fmt: skip
 
 
-def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
     """A step's answer as its loss and what else is to be logged.
 
     Raises:  ModelError where there is no loss in it
@@ -228,7 +238,7 @@ def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor]]:
         )  # fmt: skip
     kept = ("loss", "output", "target")
     extras = {
-        name: value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value))
+        name: value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
         for name, value in logged.items()
         if name not in kept and (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1))
     }

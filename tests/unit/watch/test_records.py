@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from torchkeep.errors import RunFolderError
+from torchkeep.watch.media import MediaStore
+from torchkeep.watch.monitor import MonitorSettings
+from torchkeep.watch.recorder import Recorder
 from torchkeep.watch.records import (
-    MonitorSettings,
-    Recorder,
     canonical,
     dump_record,
     kept_records,
@@ -180,10 +181,13 @@ def test_the_writer_wakes_by_itself(tmp_path: Path) -> None:
 
 
 class FailingView:
+    name = "failing"
+    close_timeout_s = 20.0
+
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def write(self, records: list[dict[str, Any]]) -> None:
+    def write(self, records: list[dict[str, Any]], media: MediaStore) -> None:
         self.calls.append("write")
         raise ValueError("no network")
 
@@ -195,12 +199,14 @@ class FailingView:
 
 
 class SlowView(FailingView):
+    name = "slow"
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[dict[str, Any]] = []
         self.go_on = threading.Event()
 
-    def write(self, records: list[dict[str, Any]]) -> None:
+    def write(self, records: list[dict[str, Any]], media: MediaStore) -> None:
         self.go_on.wait(10)
         self.seen += records
 
@@ -216,10 +222,11 @@ def test_a_failing_view_is_said_once_and_left_out(tmp_path: Path) -> None:
         while len(slow.seen) <= step and time.monotonic() < deadline:
             time.sleep(0.01)
     recorder.close()
-    assert failing.calls == ["write"] * 3
-    assert recorder.view_errors == 3
-    assert alerts == ["FailingView failed and the training goes on: ValueError: no network"]
-    assert len(slow.seen) == len(list(read_records(tmp_path / "r"))) == 5
+    assert recorder.view_errors == 8  # the alerts are records too
+    assert alerts == ["failing failed and the training goes on: ValueError: no network"] * 3
+    kinds = [record["kind"] for record in read_records(tmp_path / "r")]
+    assert sorted(kinds) == ["alert"] * 3 + ["scalars"] * 5
+    assert [record["step"] for record in slow.seen if record["kind"] == "scalars"] == list(range(5))
     assert slow.calls == ["flush", "close"]
 
 
@@ -252,7 +259,7 @@ def test_a_view_is_given_the_earlier_records_after_a_resume(tmp_path: Path) -> N
 def test_what_was_logged_is_written_when_nobody_closes(tmp_path: Path) -> None:
     program = """
         import sys, pathlib
-        from torchkeep.watch.records import Recorder
+        from torchkeep.watch.recorder import Recorder
         Recorder(pathlib.Path(sys.argv[1]), attempt=0).log("alert", step=0, samples=0, epoch=0)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program), tmp_path / "r"], check=True)
@@ -264,7 +271,7 @@ def test_a_full_disk_is_said_at_the_checkpoint_and_overcome(tmp_path: Path) -> N
     program = """
         import pathlib, resource, signal, sys, time
         from torchkeep.errors import StorageError
-        from torchkeep.watch.records import Recorder
+        from torchkeep.watch.recorder import Recorder
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
@@ -288,7 +295,7 @@ def test_a_full_disk_is_said_at_the_checkpoint_and_overcome(tmp_path: Path) -> N
         assert done.stdout.count("StorageError: the disk refused a write") == 2, done.stderr
         seqs = [record["seq"] for record in read_records(tmp_path / name)]
         assert seqs == list(range(len(seqs)))
-        assert (len(seqs) == 100) == kept
+        assert (len(seqs) == 101) == kept  # the refusal is an alert of its own
 
 
 def test_settings() -> None:

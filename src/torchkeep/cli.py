@@ -16,7 +16,6 @@ from .errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     Interrupted,
-    RunFolderError,
     SettingsError,
     TorchkeepError,
 )
@@ -281,33 +280,97 @@ def backbones(
 
 @cli.command()
 @click.argument("folder", type=click.Path(), default="runs")
+@click.option("--where", default="", metavar="CONDITION", help="As 'valid/accuracy > .9 and model.name = convnet'.")
+@click.option("--sort", default="", metavar="KEY", help="Sort by a metric or setting; -KEY: the highest first.")
+@click.option("--all", "all_of_them", is_flag=True, help="All runs, not only the newest 50.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each run.")
-def runs(folder: str, as_json: bool) -> None:
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+def runs(folder: str, where: str, sort: str, all_of_them: bool, as_json: bool, as_csv: bool) -> None:
     """List the runs under FOLDER, oldest first."""
-    import time
+    from . import history
 
-    from . import api
-    from .watch.console import Console, format_number
-
-    rows = api.runs(folder)
+    most = None if all_of_them else _NEWEST
+    rows = history.runs(folder, where=where, sort=sort, most=None if most is None else most + 1)
+    is_more = most is not None and len(rows) > most
+    rows = (rows[:most] if sort else rows[-most:]) if most is not None else rows
     if as_json:
         for row in rows:
             click.echo(_json_line(row))
+    elif as_csv:
+        from .watch.index import csv_text
+
+        click.echo(csv_text(rows), nl=False)
+    elif not rows:
+        click.echo(f"no runs under {folder}" + (" for which this holds" if where else "; torchkeep train makes one"))
+    else:
+        _show_runs(rows, sort)
+    if is_more and not (as_json or as_csv):
+        click.echo(f"the {'first' if sort else 'newest'} {most}; --all shows the rest")
+
+
+_NEWEST = 50
+
+
+def _show_runs(rows: list[dict[str, Any]], sort: str) -> None:
+    import time
+
+    from .watch.console import Console, format_number, format_seconds
+
+    key = sort.removeprefix("-").split()[0] if sort else ""
+    shown = key if key not in ("", "name", "status", "attempts", "model", "commit", "created", "seconds") else ""
+
+    def text(value: Any) -> str:
+        return format_number(value) if isinstance(value, float) else "" if value is None else str(value)
+
+    def line(row: dict[str, Any]) -> list[str]:
+        best = row["best"]
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])) if row["created"] else ""
+        return [
+            row["name"], row["status"], text(row["attempts"]), text(row["model"]), (row["commit"] or "")[:8],
+            "" if best is None else f"{row['best_metric']} {format_number(best)}", began,
+            "" if row["seconds"] is None else format_seconds(row["seconds"]),
+            *([text(next((row[k] for k in (key, f"best.{key}", f"last.{key}") if row.get(k) is not None), None))]
+              if shown else []),
+        ]  # fmt: skip
+
+    columns = ["run", "status", "attempts", "model", "commit", "best", "began", "time", *([shown] if shown else [])]
+    Console().table(columns, [line(row) for row in rows])
+
+
+@cli.command()
+@click.argument("run", nargs=-1, required=True, type=click.Path())
+@click.option("--html", type=click.Path(dir_okay=False), help="Write one page with curves, that needs no network.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def compare(run: tuple[str, ...], html: str | None, as_json: bool) -> None:
+    """Show what sets RUNs apart: metrics, recipe, code, data, environment, and where their courses part."""
+    from . import history
+    from .watch.comparing import show_comparison
+    from .watch.console import Console
+
+    found = history.compare(*run)
+    if html:
+        from .files import write_durable
+        from .watch.page import comparison_page
+
+        write_durable(Path(html), comparison_page(found).encode())
+    if as_json:
+        click.echo(_json_line(found.to_json()))
         return
-    if not rows and not Path(folder).is_dir() and folder != "runs":
-        raise RunFolderError("there is no such folder", where=folder, fix="torchkeep runs FOLDER")
-    if not rows:
-        click.echo(f"no runs under {folder}; torchkeep train RECIPE makes one")
-        return
-    Console().table(
-        ["run", "status", "attempts", "model", "best", "began"],
-        [
-            (row["name"], row["status"], str(row.get("attempts", "")), str(row.get("model", "")),
-             ", ".join(f"{name} {format_number(value)}" for name, value in row.get("best", {}).items()),
-             time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])) if "created" in row else "")
-            for row in rows
-        ],
-    )  # fmt: skip
+    show_comparison(Console(), found)
+    if html:
+        click.echo(f"the curves are in {html}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path())
+@click.option("--to", required=True, type=click.Choice(["wandb", "mlflow", "tensorboard"]), help="Where it is shown.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A key of the view's settings.")
+def sync(run: str, to: Any, assignments: tuple[str, ...]) -> None:
+    """Give RUN's record to a view afterwards: what it missed, or all of it."""
+    from . import history
+
+    count = history.sync(run, to, set=assignments)
+    click.echo(f"{count:,} records of {run} are at {to}")
 
 
 @cli.command()

@@ -75,6 +75,10 @@ class DamagedError(CheckpointError):
     """A checkpoint whose files are not those that were written."""
 
 
+class PackageError(TorchkeepError):
+    """A package that is missing, damaged, or nothing that was written as one."""
+
+
 class RunFailedError(TorchkeepError):
     """A training that began and could not go on."""
 

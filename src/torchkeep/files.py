@@ -166,14 +166,17 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             raise
 
 
-def write_durable(path: Path, data: bytes | memoryview) -> Receipt:
-    """Replace ``path`` by ``data``, or leave it as it was.
+def write_durable(path: Path, *parts: bytes | memoryview) -> Receipt:
+    """Replace ``path`` by the parts, one after the other, or leave it as it was.
 
     Raises:  StorageError where the disk refuses; the old content then stands
     """
+    digest, size = xxhash.xxh3_128(), 0
     with _replacing(path) as file:
-        file.write(data)
-    return Receipt(len(data), checksum(data))
+        for block in _blocks(parts):
+            digest.update(block)
+            size += file.write(block)
+    return Receipt(size, digest.hexdigest())
 
 
 class DurableFolder:
@@ -181,13 +184,15 @@ class DurableFolder:
 
     >>> with DurableFolder(Path("step-00000010")) as folder:
     ...     folder.write("model.safetensors", data)
-    The manifest, with each file's size and checksum, is written last. With ``replace`` one that is there is hidden at
-    the very end, and goes when the new one is durable: after a kill between the two renames ``sweep`` brings it back.
+    The manifest, with each file's size and checksum, is written last; ``manifest`` is false where another file is it.
+    With ``replace`` one that is there is hidden at the very end, and goes when the new one is durable: after a kill
+    between the two renames ``sweep`` brings it back.
     """
 
-    def __init__(self, path: Path, replace: bool = False):
+    def __init__(self, path: Path, replace: bool = False, manifest: bool = True):
         self.path = path
         self.replace = replace
+        self.manifest = manifest
         self.hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self.receipts: dict[str, Receipt] = {}
 
@@ -200,6 +205,9 @@ class DurableFolder:
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         """One file, hashed while it is written, synced before the call returns."""
         digest, size = xxhash.xxh3_128(), 0
+        if "/" in name:
+            with reported(self.path / name):
+                (self.hidden / name).parent.mkdir(parents=True, exist_ok=True)
         with reported(self.path / name), (self.hidden / name).open("wb", buffering=0) as file:
             for block in _blocks(parts):
                 digest.update(block)
@@ -217,9 +225,11 @@ class DurableFolder:
             return
         try:
             files = {name: {"size_bytes": r.size_bytes, "xxh3_128": r.checksum} for name, r in self.receipts.items()}
-            self.write("manifest.json", orjson.dumps({"format": 1, "files": files}, option=orjson.OPT_INDENT_2))
+            if self.manifest:
+                self.write("manifest.json", orjson.dumps({"format": 1, "files": files}, option=orjson.OPT_INDENT_2))
             with reported(self.path):
-                sync_folder(self.hidden)
+                for folder in self.hidden.glob("**/"):  # itself too
+                    sync_folder(folder)
                 self._appear()
         except BaseException:
             shutil.rmtree(self.hidden, ignore_errors=True)

@@ -81,7 +81,14 @@ class WandbStub:
         return answer(variables) if answer else {}
 
     def _Viewer(self, _: Any) -> Any:  # noqa: N802
-        viewer = {"id": "1", "entity": "team", "username": "someone", "email": "", "flags": "{}", "teams": {"edges": []}}
+        viewer = {
+            "id": "1",
+            "entity": "team",
+            "username": "someone",
+            "email": "",
+            "flags": "{}",
+            "teams": {"edges": []},
+        }
         return {"viewer": viewer}
 
     def _ServerFeaturesQuery(self, _: Any) -> Any:  # noqa: N802
@@ -108,7 +115,11 @@ class WandbStub:
         run.facts |= {key: value for key, value in asked.items() if value is not None}
         run.config |= json.loads(asked.get("config") or "{}")
         run.summary |= json.loads(asked.get("summaryMetrics") or "{}")
-        project = {"id": "1", "name": run.facts.get("project") or "uncategorized", "entity": {"id": "1", "name": "team"}}
+        project = {
+            "id": "1",
+            "name": run.facts.get("project") or "uncategorized",
+            "entity": {"id": "1", "name": "team"},
+        }
         bucket = {
             "id": name, "name": name, "displayName": run.facts.get("displayName"), "description": "",
             "config": json.dumps(run.config), "sweepName": None, "project": project,
@@ -157,6 +168,19 @@ class WandbStub:
         made = self.artifacts[int(asked["artifactID"])]
         made["is_committed"] = True
         return {"commitArtifact": {"artifact": {"id": made["id"], "digest": made.get("digest")}}}
+
+    def _ArtifactByID(self, asked: Any) -> Any:  # noqa: N802
+        made = self.artifacts[int(asked["id"])]
+        project = {"id": "1", "internalId": "1", "name": made["projectName"], "entity": {"name": "team"}}
+        collection = {"__typename": "ArtifactSequence", "name": made["artifactCollectionName"], "project": project}
+        artifact = {
+            "__typename": "Artifact", "id": made["id"], "artifactSequence": collection, "versionIndex": 0,
+            "artifactType": {"name": made["artifactTypeName"]}, "description": None, "metadata": made.get("metadata"),
+            "ttlDurationSeconds": -1, "ttlIsInherited": False, "tags": [], "historyStep": None, "state": "COMMITTED",
+            "size": 1, "digest": made.get("digest"), "digestAlgorithm": "MANIFEST_MD5", "commitHash": "1",
+            "fileCount": 1, "createdAt": "2026-01-01T00:00:00", "updatedAt": "2026-01-01T00:00:00", "aliases": [],
+        }  # fmt: skip
+        return {"artifact": artifact}
 
     def stream(self, name: str, sent: dict[str, Any]) -> None:
         """Lines of a run's files as they grow."""

@@ -21,14 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import RunFolderError, SettingsError, StorageError
+from ..errors import SettingsError, StorageError
 from ..files import FolderLock
 from ..folder import RECORDS_FILE
 from .feeds import Unreachable
 from .media import MediaStore
 from .records import Record, read_records, records_of
 
-_ANSWER_S = 300.0
 _PROGRAM = "import sys; sys.path.append({root!r}); from torchkeep.watch.apart import serve; serve()"
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the cores and the GPU are the training's
 
@@ -52,6 +51,7 @@ class Apart:
     name = ""
     sender = ""
     close_timeout_s = 60.0
+    answer_s = 300.0
 
     def __init__(self, folder: Path, attempt: int, run_name: str, settings: Any):
         found = importlib.util.find_spec(self.name)
@@ -70,11 +70,11 @@ class Apart:
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def write(self, records: list[Record], media: MediaStore) -> None:
-        self._ask(_ANSWER_S, "write", records)
+        self._ask(self.answer_s, "write", records)
 
     def flush(self) -> None:
         if self._process is not None:
-            self._ask(_ANSWER_S, "flush")
+            self._ask(self.answer_s, "flush")
 
     def close(self) -> None:
         if self._process is None:
@@ -150,18 +150,17 @@ def serve() -> None:
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_asked, args=(asked, told["patience_s"]), daemon=True).start()
     sender: Sender | None = None
-    lock = FolderLock(Path(told["place"]))
+    lock: FolderLock | None = None
     while line := asked.get():
         verb, *arguments = json.loads(line)
         try:
-            if sender is None:
-                lock.acquire()
-                sender = _make(told)
+            lock = lock or FolderLock(Path(told["place"])).acquire()
+            sender = sender or _make(told)
             getattr(sender, verb)(*arguments)
             answer = {}
         except Exception as error:
-            # another process still ends an earlier attempt's view: RunFolderError is its lock's
-            is_later = isinstance(error, OSError | StorageError) or (sender is None and isinstance(error, RunFolderError))
+            # without a sender: another process still ends an earlier attempt's view, or nothing works here
+            is_later = sender is None or isinstance(error, OSError | StorageError)
             answer = {"later" if is_later else "error": f"{type(error).__name__}: {error}"}
             print(answer, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
@@ -169,7 +168,8 @@ def serve() -> None:
     with contextlib.suppress(Exception):
         if sender is not None:
             sender.close()
-    lock.release()
+    if lock is not None:
+        lock.release()
     os._exit(0)  # clients wait for their servers at the exit of a process
 
 

@@ -166,6 +166,8 @@ class Feed:
                 return all(self._left_out >= _MOST_LEFT_OUT or self._deliver([record]) for record in records)
             self._left_out += 1
             self._failed(error)
+            return True
+        self._left_out = 0
         if self._is_down:
             self._is_down, self._tries = False, 0
             self._alert(f"{self.view.name} is back")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from board import ask, serving, until
 
-from torchkeep.watch.records import Recorder, next_attempt
+from torchkeep.watch.recorder import Recorder
+from torchkeep.watch.records import next_attempt
 from torchkeep.watch.tensorboard import TensorBoardView
 
-START_S = 60
 STEPS = {"train/loss": list(range(1, 16)), "valid/accuracy": [5, 10, 15]}
+RUN = "digits/tensorboard"
 
 
 def train(folder: Path, first: int, last: int) -> None:
@@ -44,48 +39,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["true", "false"], ids=["rust", "python"])
+@pytest.fixture(scope="module", params=[True, False], ids=["rust", "python"])
 def server(request: pytest.FixtureRequest, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("log") / "tensorboard.log"
-    options = ["--host=127.0.0.1", "--port=0", f"--load_fast={request.param}", "--logdir", str(runs)]
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tensorboard.main", *options], stdout=file, stderr=file
-        )
-    try:
-        yield _address(process, log)
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        text = log.read_text()
-        if "http://127.0.0.1:" in text:
-            return "http://" + text.partition("http://")[2].split("/")[0]
-        time.sleep(0.2)
-    raise TimeoutError(log.read_text())
-
-
-def ask(server: str, path: str, **query: str) -> Any:
-    with urllib.request.urlopen(f"{server}/{path}?{urllib.parse.urlencode(query)}", timeout=20) as answer:
-        return json.load(answer)
+    with serving(runs, tmp_path_factory.mktemp("log") / "tensorboard.log", fast=request.param) as address:
+        yield address
 
 
 def test_it_shows_every_step_once(server: str) -> None:
-    run = "digits/tensorboard"
-    deadline = time.monotonic() + START_S
-    while not STEPS.keys() <= (tags := ask(server, "data/plugin/scalars/tags")).get(run, {}).keys():
-        assert time.monotonic() < deadline, tags
-        time.sleep(0.3)
-    while True:
-        rows = {tag: ask(server, "data/plugin/scalars/scalars", run=run, tag=tag) for tag in STEPS}
-        if all(len(rows[tag]) >= len(STEPS[tag]) for tag in STEPS) or time.monotonic() > deadline:
-            break
-        time.sleep(0.3)
+    until(lambda: STEPS.keys() <= ask(server, "plugin/scalars/tags").get(RUN, {}).keys())
+    rows = until(lambda: all_rows(server))
     assert {tag: [row[1] for row in rows[tag]] for tag in STEPS} == STEPS
     assert [row[2] for row in rows["train/loss"]] == pytest.approx([1 / step for step in STEPS["train/loss"]])
     assert [row[2] for row in rows["valid/accuracy"]] == pytest.approx([0.25, 0.5, 0.75])
+
+
+def all_rows(server: str) -> dict[str, list[list[float]]] | None:
+    """The points of every tag, once the last of each is there."""
+    rows = {tag: ask(server, "plugin/scalars/scalars", run=RUN, tag=tag) for tag in STEPS}
+    return rows if all(rows[tag][-1][1] == steps[-1] for tag, steps in STEPS.items()) else None

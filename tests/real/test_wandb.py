@@ -22,6 +22,7 @@ from wandb_stub import KEY, StubRun, WandbStub
 from torchkeep.errors import StorageError
 from torchkeep.watch.afterwards import sync
 from torchkeep.watch.feeds import Unreachable
+from torchkeep.watch.histograms import histogram
 from torchkeep.watch.media import MediaStore, Medium
 from torchkeep.watch.recorder import Recorder
 from torchkeep.watch.records import read_records
@@ -45,7 +46,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStub]:
     server.start()
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.2")
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
     yield server
     server.stop()
 
@@ -129,12 +130,13 @@ def log_every_kind(run: Run, step: int) -> None:
     run.log("decision", step, name="threads", value=2, reason="measured", override="threads")
     counts = {"nan": 1, "positive_infinite": 0, "negative_infinite": 0, "bins": [], "counts": []}
     run.log("histogram", step, tag="empty", num=0, min=None, max=None, sum=0, sum_squares=0, **counts)
+    run.log("histogram", step, tag="weights", late=histogram(np.arange(100, dtype=np.float32)))
     run.log("scalars", step, values={"nan": math.nan, "inf": math.inf, "-inf": -math.inf})
 
 
 MEDIA = {"a picture", "figure", "valid/prediction", "valid/prediction/table", "mesh", "points", "text", "sound",
          "valid/confusion_table", "valid/pr_table", "trainable_map", "bad_samples", "alert/loss",
-         "empty/nan"}  # fmt: skip
+         "empty/nan", "weights"}  # fmt: skip
 
 
 def transaction_log(path: Path) -> Iterator[Any]:
@@ -233,6 +235,11 @@ def wait_for(is_there: Any) -> None:
         time.sleep(0.05)
 
 
+def kill_client() -> None:
+    (client,) = [child for child in psutil.Process().children() if "torchkeep.watch" in " ".join(child.cmdline())]
+    client.kill()
+
+
 def test_online_the_server_gets_everything(tmp_path: Path, stub: WandbStub) -> None:
     run = Run(tmp_path / "run", models=True, tags=["mine"])
     run.train(1, 3)
@@ -253,6 +260,7 @@ def test_online_the_server_gets_everything(tmp_path: Path, stub: WandbStub) -> N
     assert kept.exit_code == 0
     assert [alert["title"] for alert in kept.alerts] == ["loss"]
     assert set().union(*kept.history) >= MEDIA
+    assert sum(next(row["weights"]["values"] for row in kept.history if "weights" in row)) == 100
     suffixes = [Path(name).suffix for name in kept.files if name.startswith("media/")]
     assert {".png": 3, ".wav": 1, ".html": 1, ".obj": 1}.items() <= Counter(suffixes).items()
     by_type = {made["artifactTypeName"]: made for made in stub.artifacts}
@@ -269,7 +277,7 @@ def test_online_the_server_gets_everything(tmp_path: Path, stub: WandbStub) -> N
 
 
 def test_a_server_that_dies_stops_nothing_and_loses_nothing(tmp_path: Path, stub: WandbStub) -> None:
-    run = Run(tmp_path / "run", close_timeout_s=6)
+    run = Run(tmp_path / "run", close_timeout_s=10)
     run.train(1, 4)
     wait_for(lambda: stub.runs and only(stub).lines)
     stub.stop()
@@ -280,7 +288,7 @@ def test_a_server_that_dies_stops_nothing_and_loses_nothing(tmp_path: Path, stub
     assert time.monotonic() - began < 20
     assert any("wandb" in alert for alert in run.alerts)
     with pytest.raises(StorageError, match="has not taken all") as refused:
-        sync(tmp_path / "run", "wandb", WandbSettings(project="tests", close_timeout_s=6))
+        sync(tmp_path / "run", "wandb", WandbSettings(project="tests", close_timeout_s=10))
     assert "torchkeep sync" in refused.value.fix
     there = only(stub).sent_lines
     stub.start()
@@ -299,13 +307,37 @@ def test_a_client_that_dies_is_begun_anew(tmp_path: Path, stub: WandbStub) -> No
     run = Run(tmp_path / "run")
     run.train(1, 4)
     wait_for(lambda: stub.runs and only(stub).lines)
-    (client,) = [child for child in psutil.Process().children() if "torchkeep.watch" in " ".join(child.cmdline())]
-    client.kill()
+    kill_client()
     run.train(5, 8)
     run.end()
     kept = only(stub)
     assert steps(kept) == list(range(1, 9))
     assert kept.sent_lines == len(kept.lines)
+
+
+def test_without_a_key_a_run_is_offline_and_is_sent_later(
+    tmp_path: Path, stub: WandbStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    run = Run(tmp_path / "run")
+    run.train(1, 4)
+    files = tmp_path / "run" / "wandb" / "wandb"
+    wait_for(lambda: list(files.glob("offline-run-*")))
+    kill_client()
+    run.train(5, 8)
+    run.end()
+    (path,) = files.glob("offline-run-*/run-*.wandb")
+    rows = history_of(list(transaction_log(path)))
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 9))
+    assert stub.operations == []
+    with pytest.raises(StorageError) as refused:
+        sync(tmp_path / "run", "wandb", WandbSettings(project="tests", close_timeout_s=10))
+    assert refused.value.fix == "wandb login"
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for _ in range(2):
+        sync(tmp_path / "run", "wandb", WandbSettings(project="tests"))
+        assert steps(only(stub)) == list(range(1, 9))
+        assert only(stub).sent_lines == len(only(stub).lines)
 
 
 def test_a_resumed_run_completes_the_attempt_before(tmp_path: Path, stub: WandbStub) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..contracts import INDEX, Batch, Clock, Decision, Schema
 from ..data.loader import Loader
 from ..model.freeze import learning
-from ..watch.activity import activities
+from ..watch.activity import activities, as_numbers
 from ..watch.alerts import Alert, Alerts
 from ..watch.graph import graph
 from ..watch.histograms import histograms
@@ -202,8 +202,8 @@ class Watching:
             found = activities(model, lambda: self._watched.forward(self._example(_EXAMPLES)))
             for name, activity in found.items():
                 self._log("histogram", tag=f"activations/{name}", late=activity.histogram)
-            dead = {name: activity.dead_fraction for name, activity in found.items()}
-            self._raise(self.alerts.dead({name: float(part) for name, part in dead.items() if part is not None}))
+            dead = as_numbers({name: activity.dead_fraction for name, activity in found.items()})
+            self._raise(self.alerts.dead(dead))
 
     def _example(self, most: int) -> Batch:
         return {name: _few(value, most) for name, value in self._watched.example.items()}

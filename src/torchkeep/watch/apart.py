@@ -8,6 +8,7 @@ what does not answer. What a client prints goes to a file in the run's folder.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -18,8 +19,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import SettingsError, StorageError
 from ..files import FolderLock
@@ -28,18 +31,9 @@ from .feeds import Unreachable
 from .media import MediaStore
 from .records import Record, read_records, records_of
 
+_MISSED = 900
 _PROGRAM = "import sys; sys.path.append({root!r}); from torchkeep.watch.apart import serve; serve()"
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the cores and the GPU are the training's
-
-
-class Sender(Protocol):
-    """What the process runs. ``write`` and ``close`` raise OSError where the same is to be tried again later."""
-
-    def write(self, records: list[Record]) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Apart:
@@ -80,8 +74,8 @@ class Apart:
         if self._process is None:
             return
         try:
-            # the feed waits only so long, and the process is to be gone by then
-            self._ask(self.close_timeout_s * 0.9, "close")
+            # the feed tries to give the rest first, and the process is to be gone when it waits no longer
+            self._ask(self.close_timeout_s * 0.6, "close")
         finally:
             self._end()
 
@@ -149,7 +143,7 @@ def serve() -> None:
         os.nice(5)
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_asked, args=(asked, told["patience_s"]), daemon=True).start()
-    sender: Sender | None = None
+    sender: Attempts | None = None
     lock: FolderLock | None = None
     while line := asked.get():
         verb, *arguments = json.loads(line)
@@ -162,9 +156,11 @@ def serve() -> None:
             # without a sender: another process still ends an earlier attempt's view, or nothing works here
             is_later = sender is None or isinstance(error, OSError | StorageError)
             answer = {"later" if is_later else "error": f"{type(error).__name__}: {error}"}
-            print(answer, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{answer}\n")
+            sys.stderr.flush()
         with contextlib.suppress(OSError):
-            print(json.dumps(answer), file=replies, flush=True)
+            replies.write(json.dumps(answer) + "\n")
+            replies.flush()
     with contextlib.suppress(Exception):
         if sender is not None:
             sender.close()
@@ -181,30 +177,97 @@ def _read_asked(asked: queue.SimpleQueue[str], patience_s: float) -> None:
     os._exit(1)
 
 
-def _make(told: dict[str, Any]) -> Sender:
+def _make(told: dict[str, Any]) -> Attempts:
     module, name = told["sender"].split(":")
-    sender: Sender = getattr(importlib.import_module(module), name)(
+    sender: Attempts = getattr(importlib.import_module(module), name)(
         Path(told["folder"]), told["attempt"], told["run_name"], told["settings"]
     )
     return sender
 
 
-def run_id(folder: Path) -> str:
-    """What names a run at a server, whatever its folder is called: from how its record begins."""
-    import hashlib
+class Attempts:
+    """What senders have in common: each attempt is a run at the server, sent whole whatever became of earlier clients.
 
-    with (folder / RECORDS_FILE).open("rb") as file:
-        return hashlib.sha256(file.readline()).hexdigest()[:16]
+    ``live`` is the attempt that runs; -1 where none does, and all are looked at again. A sender has ``begin``, which
+    opens an attempt's run and sets ``seq`` to what is not to be sent again (or tells by False that nothing is),
+    ``send`` and ``end``. They raise OSError where the server is not there.
+    """
 
+    def __init__(self, folder: Path, attempt: int, run_name: str, settings: dict[str, Any]):
+        self.folder, self.live, self.name, self.settings = folder, attempt, run_name, settings
+        self.media = MediaStore(folder)
+        self.attempt = self.seq = -1
+        self.is_open = False
 
-def attempt_records(folder: Path, attempt: int, first: int, before: int) -> Iterator[Record]:
-    """One attempt's records from one ``seq`` to before another: what a client has lost when it was ended."""
-    if first < before:
-        for record in read_records(folder / RECORDS_FILE):
-            if record["attempt"] == attempt and first <= record["seq"] < before:
-                yield record
+    def begin(self, first: Record) -> bool:
+        raise NotImplementedError
 
+    def send(self, records: list[Record]) -> None:
+        raise NotImplementedError
 
-def run_start(folder: Path) -> Record:
-    """How the run began; empty where the record does not say."""
-    return next(records_of(folder / RECORDS_FILE, "run_start"), {})
+    def end(self, is_whole: bool) -> None:
+        raise NotImplementedError
+
+    def write(self, records: list[Record]) -> None:
+        for attempt, group in groupby(records, itemgetter("attempt")):
+            part = list(group)
+            if attempt != self.attempt:
+                self._begin(part[0])
+            if self.is_open:
+                self.send([record for record in part if record["seq"] > self.seq])
+
+    def flush(self) -> None:
+        """Nothing waits here."""
+
+    def close(self) -> None:
+        self._end(is_whole=True)
+
+    def _begin(self, first: Record) -> None:
+        self._end(is_whole=True)
+        self.seq = -1
+        self.is_open = self.begin(first)
+        missed = self._records(first["attempt"], self.seq + 1, first["seq"]) if self.is_open else iter(())
+        while batch := list(islice(missed, _MISSED)):  # what a client that was ended has taken with it
+            self._send_kept(batch)
+        self.attempt = first["attempt"]
+
+    def _end(self, is_whole: bool) -> None:
+        if self.is_open:
+            self.end(is_whole)
+        self.is_open, self.attempt = False, -1
+
+    def _send_kept(self, batch: list[Record]) -> None:
+        """Send what can be shown: a record that cannot was left out before."""
+        try:
+            self.send(batch)
+        except OSError:
+            raise
+        except Exception as error:
+            if len(batch) == 1:
+                sys.stderr.write(f"record {batch[0]['seq']} is left out: {error}\n")
+                return
+            for record in batch:
+                if record["seq"] > self.seq:
+                    self._send_kept([record])
+
+    def _records(self, attempt: int, first: int, before: int) -> Iterator[Record]:
+        """An attempt's records from one ``seq`` to before another."""
+        records = read_records(self.folder / RECORDS_FILE) if first < before else iter(())
+        return (row for row in records if row["attempt"] == attempt and first <= row["seq"] < before)
+
+    def run_id(self) -> str:
+        """What names the run at a server, whatever its folder is called: from how its record begins."""
+        with (self.folder / RECORDS_FILE).open("rb") as file:
+            return hashlib.sha256(file.readline()).hexdigest()[:16]
+
+    def run_start(self) -> Record:
+        """How the run began; empty where the record does not say."""
+        return next(records_of(self.folder / RECORDS_FILE, "run_start"), {})
+
+    def source(self, record: Record) -> Path:
+        """The file or folder that an artifact's record names."""
+        return self.media.path(record["media"]) if record.get("media") else self.folder / record["path"]
+
+    def is_model(self, record: Record) -> bool:
+        """Whether this artifact is one that is uploaded where ``models`` is set."""
+        return bool(self.settings["models"]) and (record["type"] == "package" or record["name"] == "best")

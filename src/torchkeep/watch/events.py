@@ -173,8 +173,10 @@ def shown_in(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
             if found.graph_def:
                 steps[GRAPH_TAG] = max(steps.get(GRAPH_TAG, found.step), found.step)
             for value in found.summary.value:
-                steps[value.tag] = max(steps.get(value.tag, found.step), found.step)
-                plugins.setdefault(value.tag, value.metadata.plugin_data.plugin_name or "scalars")
+                tag = value.tag
+                if tag not in plugins:
+                    plugins[tag] = value.metadata.plugin_data.plugin_name or "scalars"
+                steps[tag] = max(steps.get(tag, found.step), found.step)
     return steps, plugins
 
 

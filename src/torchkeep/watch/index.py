@@ -104,13 +104,14 @@ class Course:
 
     def _judge(self, values: dict[str, float]) -> None:
         """Keep the evaluation that is the best by the run's metric; where it names none, by the first one measured."""
-        found = [tag for tag in values if tag.startswith("valid/")]
-        if self.metric is None and found:
-            self.metric = next((tag for tag in found if not is_less_better(tag)), found[0])
-        metric = self.metric or ""
-        value, before = values.get(metric, math.nan), self.best.get(metric)
-        if not math.isnan(value) and (before is None or is_better(metric, value, before, self.mode)):
-            self.best = {tag: values[tag] for tag in dict.fromkeys([*found, metric])}
+        if self.metric is None:
+            found = (tag for tag in values if tag.startswith("valid/"))
+            self.metric = min(found, key=is_less_better, default=None)
+        metric = self.metric
+        if metric not in values or metric is None or math.isnan(values[metric]):
+            return
+        if metric not in self.best or is_better(metric, values[metric], self.best[metric], self.mode):
+            self.best = {tag: value for tag, value in values.items() if tag.startswith("valid/") or tag == metric}
 
 
 def is_less_better(tag: str) -> bool:
@@ -167,7 +168,7 @@ def run_row(path: Path, course: Course | None = None) -> tuple[Row, Course]:
         facts = read_facts(path)
         metric, mode = best_choice(facts)
         course = course or Course(metric=metric, mode=mode)
-        with suppress(FileNotFoundError):  # killed before it recorded anything
+        if (path / RECORDS_FILE).exists():  # else it was killed before it recorded anything
             course = read_course(path / RECORDS_FILE, course)
     except (RunFolderError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
         return row | {"problem": getattr(error, "what", f"{type(error).__name__}: {error}")}, Course()

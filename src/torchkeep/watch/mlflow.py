@@ -6,10 +6,10 @@ it has. A metric that is sent once more with the same step, time and value is ke
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +19,8 @@ from pydantic import Field
 
 from ..contracts import Json
 from ..settings import Settings, flatten
-from .apart import Apart, attempt_records, run_id, run_start
+from .apart import Apart, Attempts
 from .feeds import Unreachable
-from .media import MediaStore
 from .records import Record
 
 _METRICS = 900  # the server takes 1,000 entities a request
@@ -35,7 +34,7 @@ _JSON = {"prediction": "rows", "confusion": "counts", "pr_curve": "precision", "
          "bad_samples": "samples_bad", "alert": "text"}  # fmt: skip
 _HEAD = ("kind", "attempt", "rank", "seq")
 _ENDS = {"finished": "FINISHED", "failed": "FAILED"}
-_ATTEMPT, _RUN, _SEQ = "torchkeep.attempt", "torchkeep.run", "torchkeep.seq"
+_SEQ = "torchkeep.seq"
 # the server's fault, or nobody's: all other codes say that what was sent is wrong
 _LATER = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "IO_ERROR",
           "UNAUTHENTICATED", "PERMISSION_DENIED", "CANCELLED"}  # fmt: skip
@@ -61,110 +60,71 @@ class MlflowView(Apart):
     sender = "torchkeep.watch.mlflow:MlflowSender"
 
 
-class MlflowSender:
-    """Sends records by MLflow's client; ``attempt`` is the one that runs, -1 where none does."""
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """Turns what the client says of a server that does not answer into Unreachable."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "error_code", "") in _LATER:
+            raise Unreachable(f"MLflow does not answer: {error}") from error
+        raise
+
+
+class MlflowSender(Attempts):
+    """Sends records by MLflow's client."""
 
     def __init__(self, folder: Path, attempt: int, run_name: str, settings: dict[str, Any]):
-        self._folder, self._live, self._name, self._settings = folder, attempt, run_name, settings
+        super().__init__(folder, attempt, run_name, settings)
         beside = folder.absolute().parent
         uri = settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside / 'mlflow.db'}"
         waits = {"TIMEOUT": "20", "MAX_RETRIES": "1", "BACKOFF_FACTOR": "0"}  # the feed tries again, with pauses
         os.environ.update({f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in waits.items()})
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         import mlflow
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Metric, Param
 
         self._client = mlflow.MlflowClient(uri)
-        self._metric, self._param, self._tag = Metric, Param, RunTag
+        self._metric, self._param = Metric, Param
         self._artifacts = (beside / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-        self._media = MediaStore(folder)
-        self._parent = self._run = ""
-        self._attempt = self._seq = -1
-        self._epoch: int | None = None
-        self._params: set[str] = set()
-        self._status, self._ended_s = "KILLED", 0.0
-
-    def write(self, records: list[Record]) -> None:
-        with _Reachable():
-            for part in _by_attempt(records):
-                if part[0]["attempt"] != self._attempt:
-                    self._begin(part[0])
-                self._send([record for record in part if record["seq"] > self._seq])
-
-    def flush(self) -> None:
-        """Nothing waits here: every write reached the server."""
-
-    def close(self) -> None:
-        with _Reachable():
-            self._end()
+        self._parent = ""
 
     # --- runs
 
-    def _begin(self, record: Record) -> None:
-        """Open the run of the record's attempt, and send what a client that was ended did not."""
-        self._end()
+    @_reachable()
+    def begin(self, first: Record) -> bool:
         if not self._parent:
-            experiment = self._settings["experiment"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "torchkeep"
-            self._experiment = self._experiment_of(experiment)
-            self._parent = self._opened("", self._name, record, {}).info.run_id
-        attempt = record["attempt"]
-        name = f"{self._name}/attempt-{attempt}"
-        run = self._opened(str(attempt), name, record, {"mlflow.parentRunId": self._parent})
+            name = self.settings["experiment"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "torchkeep"
+            found = self._client.get_experiment_by_name(name)
+            self._experiment = found.experiment_id if found else self._client.create_experiment(name, self._artifacts)
+            self._parent = self._opened("all", self.name, first, {}).info.run_id
+        attempt = str(first["attempt"])
+        run = self._opened(attempt, f"{self.name}/attempt-{attempt}", first, {"mlflow.parentRunId": self._parent})
         self._run, self._params = run.info.run_id, set(run.data.params)
-        self._seq, self._epoch = int(run.data.tags.get(_SEQ, -1)), None
-        self._status, self._ended_s = run.info.status if run.info.status != "RUNNING" else "KILLED", record["time"]
-        if attempt > 0:
-            self._describe(run_start(self._folder))
-        missed: list[Record] = []
-        for missed_one in attempt_records(self._folder, attempt, self._seq + 1, record["seq"]):
-            missed.append(missed_one)
-            if len(missed) == _METRICS:
-                self._send_singly(missed)
-                missed = []
-        self._send_singly(missed)
-        self._attempt = attempt
+        self.seq, self._epoch, self._ended_s = int(run.data.tags.get(_SEQ, -1)), -1, first["time"]
+        self._status = run.info.status if run.info.status != "RUNNING" else "KILLED"
+        if first["attempt"] > 0:
+            self._describe(self.run_start())
+        return True
 
-    def _experiment_of(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else self._client.create_experiment(name, self._artifacts))
-
-    def _opened(self, attempt: str, name: str, record: Record, tags: dict[str, str]) -> Any:
+    def _opened(self, attempt: str, name: str, first: Record, tags: dict[str, str]) -> Any:
         """The run with these marks, made where it is not there yet."""
-        marks = {_RUN: run_id(self._folder), _ATTEMPT: attempt or "all"}
+        marks = {"torchkeep.run": self.run_id(), "torchkeep.attempt": attempt}
         wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in marks.items())
-        found = self._client.search_runs([self._experiment], wanted, max_results=1)
-        if found:
-            return found[0]
-        all_tags = {**marks, **tags, "torchkeep.folder": str(self._folder)}
-        return self._client.create_run(self._experiment, int(record["time"] * 1000), all_tags, name)
+        for found in self._client.search_runs([self._experiment], wanted, max_results=1):
+            return found
+        tags = {**marks, **tags, "torchkeep.folder": str(self.folder)}
+        return self._client.create_run(self._experiment, int(first["time"] * 1000), tags, name)
 
-    def _end(self) -> None:
-        """Say how the open run ended; the parent as its newest attempt."""
-        if self._attempt >= 0:
-            for run in (self._run, self._parent):
-                self._client.set_terminated(run, self._status, int(self._ended_s * 1000))
-        self._attempt = -1
+    @_reachable()
+    def end(self, is_whole: bool) -> None:
+        for run in (self._run, self._parent):  # the parent ends as its newest attempt
+            self._client.set_terminated(run, self._status, int(self._ended_s * 1000))
 
     # --- records
 
-    def _send_singly(self, records: list[Record]) -> None:
-        """As a batch; where something in it is refused, one by one without what is refused: it was left out before."""
-        try:
-            self._send(records)
-        except Exception as error:
-            if isinstance(error, OSError) or _is_for_later(error):
-                raise
-            for record in records:
-                try:
-                    self._send([record])
-                except Exception as single:
-                    if isinstance(single, OSError) or _is_for_later(single):
-                        raise
-                    print(f"record {record['seq']} is left out: {single}", file=sys.stderr)
-
-    def _send(self, records: list[Record]) -> None:
-        if not records:
-            return
+    @_reachable()
+    def send(self, records: list[Record]) -> None:
         metrics: list[Any] = []
         epoch = self._epoch
         for record in records:
@@ -176,10 +136,11 @@ class MlflowSender:
                 act(record)
         for start in range(0, len(metrics), _METRICS):
             self._client.log_batch(self._run, metrics[start : start + _METRICS])
-        self._client.set_tag(self._run, _SEQ, str(records[-1]["seq"]))
-        self._seq, self._ended_s, self._epoch = records[-1]["seq"], records[-1]["time"], epoch
+        if records:
+            self._client.set_tag(self._run, _SEQ, str(records[-1]["seq"]))
+            self.seq, self._ended_s, self._epoch = records[-1]["seq"], records[-1]["time"], epoch
 
-    def _metrics(self, record: Record, epoch: int | None) -> list[Any]:
+    def _metrics(self, record: Record, epoch: int) -> list[Any]:
         values = dict(record["values"]) if record["kind"] in _NUMBERS else {}
         if values and record["epoch"] != epoch:
             values["epoch"] = record["epoch"]
@@ -199,12 +160,12 @@ class MlflowSender:
         place = f"{kind}/{_key(str(record.get('tag', kind)))}"
         stem = f"step-{record['step']:08d}-{record['seq']}"
         if kind in _FILES and record.get("media"):
-            self._upload(self._media.read(record["media"]), place, stem + _FILES[kind])
+            self._upload(self.media.read(record["media"]), place, stem + _FILES[kind])
         if kind in _JSON:
             told = {key: value for key, value in record.items() if key not in _HEAD}
             self._client.log_dict(self._run, told, f"{place}/{stem}.json")
         elif kind == "text":
-            data = self._media.read(record["media"]) if record.get("media") else record["text"].encode()
+            data = self.media.read(record["media"]) if record.get("media") else record["text"].encode()
             self._upload(data, place, f"{stem}.txt")
 
     def _upload(self, data: bytes, place: str, name: str) -> None:
@@ -245,39 +206,17 @@ class MlflowSender:
     def _artifact(self, record: Record) -> None:
         if record["type"] == "code":
             folder, _, name = f"code/untracked/{record['name']}".rpartition("/")
-            self._upload(self._media.read(record["media"]), folder, name)
+            self._upload(self.media.read(record["media"]), folder, name)
             return
         self._client.set_tag(self._run, f"torchkeep.{record['type']}.{_key(record['name'])}", record["sha256"])
-        if self._settings["models"] and (record["type"] == "package" or record["name"] == "best"):
-            source = self._media.path(record["media"]) if record.get("media") else self._folder / record["path"]
+        if self.is_model(record):
+            source = self.source(record)
             send = self._client.log_artifacts if source.is_dir() else self._client.log_artifact
             send(self._run, str(source), f"models/{_key(record['name'])}")
 
     def _run_end(self, record: Record) -> None:
         self._status = _ENDS.get(record["status"], "KILLED")
-        self._client.log_batch(self._parent, self._metrics(record, None))
-
-
-class _Reachable:
-    """Turns what the client says of a server that does not answer into Unreachable."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is not None and _is_for_later(error):
-            raise Unreachable(f"MLflow does not answer: {error}") from error
-
-
-def _is_for_later(error: BaseException) -> bool:
-    return getattr(error, "error_code", "") in _LATER
-
-
-def _by_attempt(records: list[Record]) -> Iterator[list[Record]]:
-    start = 0
-    for place in range(1, len(records) + 1):
-        if place == len(records) or records[place]["attempt"] != records[start]["attempt"]:
-            yield records[start:place]
-            start = place
+        self._client.log_batch(self._parent, self._metrics(record, record["epoch"]))
 
 
 def _key(tag: str) -> str:

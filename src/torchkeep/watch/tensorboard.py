@@ -37,8 +37,11 @@ _MOST_LAYOUTS = 1000
 _MOST_TAG = 1000  # characters
 _MOST_TEXT, _MOST_BRACKETS, _MOST_CELL = 10_000, 100, 500
 _VERTEX, _FACE, _COLOR = 1, 2, 3
-_FLOAT32, _INT32, _UINT8 = 1, 3, 4
+_FLOAT32, _INT32, _UINT8, _STRING = 1, 3, 4, 7
+_WAV = message((2, 11))  # the encoding, of an AudioPluginData
 _MOMENTS = ("min", "max", "num", "sum", "sum_squares")
+
+_NESTED = re.compile(r"^[ \t]*(?:(?:\d+\.|[-*+>])[ \t]+){20}", re.MULTILINE)
 
 Shown = tuple[str, str, bytes, bytes]
 """Tag, plugin, the plugin's own data, and the value as fields of a Summary.Value."""
@@ -55,7 +58,7 @@ class TensorBoardView:
     "TAG/PLUGIN". Of a tag's characters those that cannot be printed are escaped, what is beyond 1,000 is told by a
     hash, and none at all is "(no tag)". In a graph all but letters, digits and "_./-" become "_".
 
-    TensorBoard itself keeps 10 images, meshes and sounds a tag and 1,000 numbers, spread over the steps:
+    TensorBoard itself keeps 10 images or sounds a tag, 500 histograms and 1,000 numbers, spread over the steps:
     ``tensorboard --samples_per_plugin images=100`` keeps more. The record has all.
     """
 
@@ -211,13 +214,9 @@ def _confusion(record: Record, media: MediaStore) -> Iterator[Shown]:
 
 
 def _audio(record: Record, media: MediaStore) -> Iterator[Shown]:
-    import io
-    import wave
-
-    data = media.read(record["media"])
-    with wave.open(io.BytesIO(data)) as sound:
-        facts = single(1, sound.getframerate()) + message((2, sound.getnchannels()), (3, sound.getnframes()))
-    yield record["tag"], "audio", b"", message((6, facts + message((4, data), (5, "audio/wav"))))
+    # not as a Summary.Audio: the reader in Rust would give it to the page as bytes of no type
+    value = message((8, message((1, _STRING), (2, shape_of((1, 2))), (8, media.read(record["media"])), (8, b""))))
+    yield record["tag"], "audio", _WAV, value
     yield from _caption(record)
 
 
@@ -292,13 +291,14 @@ def _pr_curve(record: Record, media: MediaStore) -> Iterator[Shown]:
 
 
 def _text(tag: str, markdown: str) -> Shown:
-    return tag, "text", b"", message((8, message((1, 7), (2, b""), (8, markdown))))
+    return tag, "text", b"", message((8, message((1, _STRING), (2, b""), (8, markdown))))
 
 
 def _own_text(record: Record, media: MediaStore) -> Iterator[Shown]:
-    """As markdown, unless TensorBoard's page would take minutes for it: its time grows with the square of the "["."""
+    """As markdown, unless it is long, or TensorBoard's server would take minutes for it or fail."""
     text, size = record["text"], record["num_characters"]
-    if size > _MOST_TEXT or text.count("[") > _MOST_BRACKETS:
+    # its time grows with the square of the "[", and it recurses into each list within a list
+    if size > _MOST_TEXT or text.count("[") > _MOST_BRACKETS or _NESTED.search(text):
         rest = f"\n\n{size:,} characters in all; the rest is in the run's record" if size > _MOST_TEXT else ""
         text = "".join(f"    {line}\n" for line in text[:_MOST_TEXT].splitlines()) + rest
     yield _text(record["tag"], text)

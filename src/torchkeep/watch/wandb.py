@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from pydantic import Field
 from ..contracts import Json
 from ..files import write_durable
 from ..settings import Settings
-from .apart import Apart, attempt_records, run_id, run_start
+from .apart import Apart, Attempts
 from .feeds import Unreachable
 from .media import MediaStore
 from .records import Record
@@ -37,7 +36,8 @@ _NOTE_S = 10.0
 _BINS = 64
 _INIT_S = 20.0
 _CLOCK = ("step", "epoch", "samples")
-_ASKS = {"artifact", "prediction", "confusion", "pr_curve", "trainable_map", "bad_samples", "graph", "profile"}
+_ASKS = {"artifact", "prediction", "confusion", "pr_curve", "trainable_map", "bad_samples"}
+_SENT = {"graph": "graph.json", "profile": "profile.pt.trace.json"}
 _PREDICTION = ("sample", "input", "truth", "output", "confidence", "is_right")
 
 
@@ -68,12 +68,11 @@ class WandbView(Apart):
     answer_s = 60.0
 
 
-class WandbSender:
-    """Sends records by W&B's client. ``attempt`` is the one that runs; -1: none does, and all are looked at again."""
+class WandbSender(Attempts):
+    """Sends records by W&B's client."""
 
     def __init__(self, folder: Path, attempt: int, run_name: str, settings: dict[str, Any]):
-        self._folder, self._live, self._settings = folder, attempt, settings
-        self._name = settings["name"] or run_name
+        super().__init__(folder, attempt, settings["name"] or run_name, settings)
         self._place = folder / "wandb"
         inside = {"DIR": "", "DATA_DIR": "", "ARTIFACT_DIR": "artifacts", "CACHE_DIR": "cache", "CONFIG_DIR": "config"}
         os.environ.update({f"WANDB_{key}": str(self._place / part) for key, part in inside.items()})
@@ -81,109 +80,81 @@ class WandbSender:
         import wandb
 
         self._wandb: Any = wandb
-        self._media = MediaStore(folder)
-        self._rows = _Rows(self._media)
+        self._rows = _Rows(self.media)
         self._mode = settings["mode"]
         if self._mode == "auto":
             self._mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb.setup().settings) else "offline")
-        self._run: Any = None
-        self._attempt = self._seq = self._row = -1
-        self._start = self._exit_code = 0
-        self._code: dict[str, Path | bytes] = {}
         self._noted = time.monotonic()
         self._delivered: dict[str, Json] = {}
         with contextlib.suppress(FileNotFoundError):
             self._delivered = orjson.loads((self._place / "delivered.json").read_bytes())
 
-    def write(self, records: list[Record]) -> None:
+    def send(self, records: list[Record]) -> None:
         for record in records:
-            if record["attempt"] != self._attempt:
-                self._begin(record)
-            if self._run is not None and record["seq"] > self._seq:
-                self._show(record)
+            self._show(record)
         if time.monotonic() - self._noted > _NOTE_S:
             self.flush()
 
     def flush(self) -> None:
         """Note what the client has; what the server has, it says itself when a run is opened again."""
-        if self._run is not None:
-            self._note(is_whole=False)
+        if self.is_open:
+            self._note(self._opened, is_whole=False)
 
     def close(self) -> None:
-        self._finish(is_whole=self._live < 0 or self._has_ended)
+        if self.is_open:
+            with contextlib.suppress(OSError):
+                self._send_code()
+        self._end(is_whole=self.live < 0 or self._has_ended)
         shutil.rmtree(self._place / "cache", ignore_errors=True)
 
     # --- runs
 
-    def _begin(self, record: Record) -> None:
-        """Open the run of the record's attempt, and send what a client that was ended did not."""
-        self._finish(is_whole=True)
-        attempt = record["attempt"]
+    def begin(self, first: Record) -> bool:
+        attempt = first["attempt"]
         before = self._delivered.get(str(attempt), {})
         is_done = before.get("whole") or (before.get("mode") == "online" and self._mode == "offline")
-        if is_done and 0 <= attempt < self._live:
-            self._attempt = attempt
-            return
+        if is_done and attempt < self.live:
+            return False
         self._was_whole = bool(before.get("whole")) and before.get("mode") == self._mode
+        self._row, self._exit_code, self._has_ended = -1, 1, False
+        self._code: dict[str, Path | bytes] = {}
         try:
-            self._open(attempt, record)
+            self._open(f"{self.run_id()}-{attempt}", first)
         except Exception as error:
             raise Unreachable(f"W&B opens no run: {type(error).__name__}: {error}") from error
-        self._attempt, self._seq, self._row, self._exit_code, self._has_ended = attempt, -1, -1, 1, False
         if attempt > 0:
-            self._describe(run_start(self._folder))
-        for missed in attempt_records(self._folder, attempt, 0, record["seq"]):
-            try:
-                self._show(missed)
-            except OSError:
-                self._attempt = -1
-                raise
-            except Exception as error:  # it was left out before
-                print(f"record {missed['seq']} is left out: {error}", file=sys.stderr)
+            self._describe(self.run_start())
+        return True
 
-    def _open(self, attempt: int, record: Record) -> None:
-        name = f"{run_id(self._folder)}-{attempt}"
+    def _open(self, name: str, first: Record) -> None:
+        self._reach()
         is_online = self._mode == "online"
-        if is_online:
-            self._reach()
-        else:  # the record is the truth: one that was cut off is written again, whole
+        if not is_online:  # the record is the truth: one that was cut off is written again, whole
             for left in (self._place / "wandb").glob(f"offline-run-*-{name}"):
                 shutil.rmtree(left, ignore_errors=True)
-        wandb = self._wandb
-        self._run = wandb.init(
-            project=self._settings["project"] or os.environ.get("WANDB_PROJECT") or "torchkeep",
-            entity=self._settings["entity"], tags=self._settings["tags"], id=name, group=self._name, job_type="train",
-            name=f"{self._name}/attempt-{attempt}", mode=self._mode, resume="allow" if is_online else None,
-            dir=str(self._place), settings=wandb.Settings(
-                console="off", silent=True, init_timeout=_INIT_S, x_start_time=record["time"],
-                finish_timeout=self._settings["close_timeout_s"] * 0.8, finish_timeout_raises=True,
+        given = {key: self.settings[key] for key in ("entity", "tags")}
+        self._run = self._wandb.init(
+            project=self.settings["project"] or os.environ.get("WANDB_PROJECT") or "torchkeep", **given, id=name,
+            group=self.name, name=f"{self.name}/attempt-{first['attempt']}", job_type="train", dir=str(self._place),
+            mode=self._mode, resume="allow" if is_online else None, settings=self._wandb.Settings(
+                console="off", silent=True, init_timeout=_INIT_S, x_start_time=first["time"],
+                finish_timeout=self.settings["close_timeout_s"] * 0.5, finish_timeout_raises=True,
                 # the record has its own
                 x_disable_stats=True, x_disable_meta=True, x_save_requirements=False, disable_git=True, save_code=False,
             ),
         )  # fmt: skip
-        self._start = self._run.starting_step
+        self._start, self._opened = self._run.starting_step, first["attempt"]
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def _finish(self, is_whole: bool) -> None:
-        """End the run that is open.
+    def end(self, is_whole: bool) -> None:
+        self.is_open, self.attempt = False, -1  # whatever comes of it, this run takes no more
+        self._run.finish(exit_code=self._exit_code)  # raises TimeoutError where the server has not taken all of it
+        self._note(self._opened, is_whole)
 
-        Raises:  TimeoutError where the server has not taken all of it
-        """
-        run, self._run = self._run, None
-        attempt, self._attempt = self._attempt, -1
-        if run is None:
-            return
-        self._run = run
-        self._send_code()
-        self._run = None
-        run.finish(exit_code=self._exit_code)
-        self._attempt = attempt
-        self._note(is_whole)
-
-    def _note(self, is_whole: bool) -> None:
+    def _note(self, attempt: int, is_whole: bool) -> None:
         self._noted = time.monotonic()
-        self._delivered[str(self._attempt)] = {"seq": self._seq, "mode": self._mode, "whole": is_whole}
+        self._delivered[str(attempt)] = {"seq": self.seq, "mode": self._mode, "whole": is_whole}
         write_durable(self._place / "delivered.json", orjson.dumps(self._delivered))
 
     # --- records
@@ -191,7 +162,7 @@ class WandbSender:
     def _show(self, record: Record) -> None:
         if record["kind"] not in ("run_start", "artifact", "decision"):
             self._send_code()
-        if self._mode == "online" and record["kind"] in _ASKS:
+        if record["kind"] in _ASKS:
             self._reach()
         act = getattr(self, f"_{record['kind']}", None)
         if act is not None:
@@ -204,7 +175,7 @@ class WandbSender:
         elif row and not self._was_whole:
             self._upload(row)
         self._row = record["seq"] if row else self._row
-        self._seq = record["seq"]
+        self.seq = record["seq"]
 
     def _reach(self) -> None:
         """See that the server is there: the client waits minutes for one that is not, where it asks something.
@@ -212,7 +183,7 @@ class WandbSender:
         Raises:  OSError
         """
         url = urlsplit(self._wandb.setup().settings.base_url)
-        if url.hostname and not getproxies():
+        if self._mode == "online" and url.hostname and not getproxies():
             socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), 5).close()
 
     def _upload(self, row: dict[str, Any]) -> None:
@@ -246,23 +217,22 @@ class WandbSender:
             self._run.alert(record["name"], f"{record['text']}\n{record['fix']}".strip(), level=level, wait_duration=1)
 
     def _artifact(self, record: Record) -> None:
-        source = self._media.path(record["media"]) if record.get("media") else self._folder / record["path"]
+        source = self.source(record)
         if record["type"] == "code":
             self._code[f"untracked/{record['name']}"] = source
-        elif self._settings["models"] and (record["type"] == "package" or record["name"] == "best"):
+        elif self.is_model(record):
             facts = {key: record[key] for key in ("sha256", "bytes", "parents")}
             if self._mode == "online":
                 for parent in record["parents"]:
                     data = self._wandb.Artifact(_name(f"data-{parent}"), "dataset", metadata={"fingerprint": parent})
                     self._run.use_artifact(_filled(data, {"fingerprint.txt": str(parent).encode()}))
-            made = self._wandb.Artifact(_name(f"{self._name}-{record['name']}"), "model", metadata=facts)
+            made = self._wandb.Artifact(_name(f"{self.name}-{record['name']}"), "model", metadata=facts)
             self._run.log_artifact(_filled(made, {source.name: source}))
 
     def _graph(self, record: Record) -> None:
-        self._send("graph", {f"{record['tag']}.json": self._media.read(record["media"])})
+        self._send(record["kind"], {_SENT[record["kind"]]: self.media.read(record["media"])})
 
-    def _profile(self, record: Record) -> None:
-        self._send("profile", {"trace.pt.trace.json": self._media.read(record["media"])})
+    _profile = _graph
 
     def _run_end(self, record: Record) -> None:
         self._has_ended = True
@@ -271,15 +241,14 @@ class WandbSender:
         self._run.summary.update({**(record.get("metrics") or {}), **told})
 
     def _send_code(self) -> None:
-        code, self._code = self._code, {}
-        if code:
-            self._send("code", code)
+        if self._code:
+            self._send("code", self._code)
+            self._code = {}
 
     def _send(self, kind: str, files: dict[str, Path | bytes]) -> None:
-        made = self._wandb.Artifact(_name(f"{kind}-{self._name}"), kind)
+        self._reach()
+        made = self._wandb.Artifact(_name(f"{kind}-{self.name}"), kind)
         self._run.log_artifact(_filled(made, files))
-
-    _was_whole = _has_ended = False
 
 
 def _has_key(settings: Any) -> bool:

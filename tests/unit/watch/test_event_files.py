@@ -313,11 +313,13 @@ def test_a_medium_that_is_missing_takes_nothing_else_with_it(tmp_path: Path) -> 
     assert seen(folder) == {"a": [(1, 1.0)]}
 
 
-def test_a_text_that_the_page_would_take_minutes_for_is_shown_as_it_is(tmp_path: Path) -> None:
-    show(tmp_path, 0, [text(1, "*short*"), text(2, "[" * 5000), text(3, "x" * 90_000)])
-    short, slow, long = (said for _, _, said in texts_in(tmp_path))
+def test_a_text_that_the_page_would_choke_on_is_shown_as_it_is(tmp_path: Path) -> None:
+    given = ["*short*", "[" * 5000, "1. " * 3000, "x" * 90_000]
+    show(tmp_path, 0, [text(step, said) for step, said in enumerate(given)])
+    short, slow, deep, long = (said for _, _, said in texts_in(tmp_path))
     assert short == "*short*"
     assert slow == f"    {'[' * 5000}\n"
+    assert deep == f"    {'1. ' * 3000}\n"
     assert long.startswith("    xxx")
     assert long.endswith("90,000 characters in all; the rest is in the run's record")
     assert len(long) < 11_000
@@ -374,6 +376,11 @@ def curve(size: int) -> dict[str, Any]:
     return record("pr_curve", tag=f"curve{size}", thresholds=[0.5] * size, **rows)
 
 
+def part(name: str, depth: int, learns: bool) -> dict[str, Any]:
+    shares = {"num_parameters": 1000 + 1000 * depth, "rate_scale": None, "time_fraction": None, "is_cached": not learns}
+    return {"name": name, "kind": "Linear", "depth": depth, "learns": learns, **shares}
+
+
 def every_kind(media: MediaStore) -> list[dict[str, Any]]:
     rows = [
         scalars(1, loss=1.0), graph(media), mesh(media, True), mesh(media, False), curve(3), curve(0), text(1, "a"),
@@ -381,6 +388,7 @@ def every_kind(media: MediaStore) -> list[dict[str, Any]]:
         record("decision", name="workers", value=2, reason="r", override="o"),
         record("artifact", name="best", type="checkpoint", path="checkpoints/a", sha256="0", bytes=1, parents=[]),
         record("run_start", began=5.0, seed=1, settings={"a": {"b": 1, "c": True, "d": "x", "e": [1], "f": math.nan}}),
+        record("trainable_map", rows=[part("", 0, True), part("body", 1, False)], frontier=["body"]),
         record("run_end", status="finished", reason="", metrics={}, artifacts=[]),
     ]  # fmt: skip
     return [{**row, "seq": place} for place, row in enumerate(rows)]
@@ -439,6 +447,15 @@ def test_a_histogram_keeps_its_mass_and_what_is_not_finite_is_a_number(tmp_path:
         assert abs(told - np.count_nonzero(finite <= limit)) <= np.count_nonzero(finite == np.float32(limit))
     assert (histo.min, histo.max) == (finite.min(), finite.max())
     assert (found["same"].histo.min, found["same"].histo.max, list(found["same"].histo.bucket)) == (-2, -2, [7])
+
+
+def test_what_learns_is_a_table(tmp_path: Path) -> None:
+    show(tmp_path / "shown", 0, every_kind(MediaStore(tmp_path)))
+    (said,) = (said for tag, _, said in texts_in(tmp_path / "shown") if tag == "what learns")
+    rows = [html.unescape(line) for line in said.splitlines()]
+    assert rows[0] == "| module | kind | state | parameters |"
+    assert rows[3] == "| · body | Linear | frozen, computed once | 2000 |"
+    assert rows[-1] == "frontier: body"
 
 
 def test_settings_are_a_row_of_the_hparams_page(tmp_path: Path) -> None:

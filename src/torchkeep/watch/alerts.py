@@ -1,0 +1,146 @@
+"""What a person should look at, found in numbers that are there anyway."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..contracts import Json
+
+_EXPLODED = 100.0  # times the median of the norms before: one in a thousand is beyond it in healthy runs of transformers
+_HUGE_NORM = 1e6
+_VANISHED = 1e-7  # of the first norms, while the loss is still high
+_ENOUGH = 20
+_KEPT = 200
+_STILL_HIGH = 0.9  # of the first loss: gradients that are small at a small loss have done their work
+_CHANCE = 0.98  # of ln K: a model that has learned anything in an epoch is below
+_RISES = 3
+_WAITING = 0.2
+_WINDOWS = 5
+_LEAST_BYTES = 1 << 30
+_DEAD = 0.5
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One thing to look at, with what may help."""
+
+    name: str
+    level: str
+    text: str
+    fix: str
+
+
+class Alerts:
+    """Says each thing once, and again only after it has been well meanwhile."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._norms: deque[float] = deque(maxlen=_KEPT)
+        self._first_norm: float | None = None
+        self._first_loss: float | None = None
+        self._waits: deque[float] = deque(maxlen=_WINDOWS)
+
+    def state_dict(self) -> Json:
+        return {
+            "said": sorted(self._said), "norms": list(self._norms), "first_norm": self._first_norm,
+            "first_loss": self._first_loss, "waits": list(self._waits),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Json) -> None:
+        self._said, self._norms = set(state["said"]), deque(state["norms"], _KEPT)
+        self._first_norm, self._first_loss = state["first_norm"], state["first_loss"]
+        self._waits = deque(state["waits"], _WINDOWS)
+
+    def after_reading(self, values: Mapping[str, float], step: int) -> list[Alert]:
+        """What the numbers of a log point say: "train/loss", "train/gradient_norm"."""
+        loss, norm = values.get("train/loss"), values.get("train/gradient_norm")
+        if self._first_loss is None and loss is not None:
+            self._first_loss = loss
+        if norm is None:
+            return []
+        usual = statistics.median(self._norms) if len(self._norms) >= _ENOUGH else None
+        found = [
+            self._say(
+                "gradients explode", not math.isfinite(norm) or norm > _HUGE_NORM or
+                (usual is not None and norm > _EXPLODED * usual > 0),
+                f"the gradients' norm is {norm:.3g} at step {step}" + (f", usually {usual:.3g}" if usual else ""),
+                "train.clip_norm = 1.0, or a lower optimizer.learning_rate",
+            ),
+            self._say(
+                "gradients vanish", self._has_vanished(loss),
+                f"the gradients' norm is {norm:.3g} at step {step} while the loss is {loss or 0:.3g}",
+                "a look at the activations' histograms; normalisation, another initialisation or activation",
+            ),
+        ]  # fmt: skip
+        if math.isfinite(norm):
+            self._norms.append(norm)
+            self._first_norm = norm if self._first_norm is None else self._first_norm
+        return [alert for alert in found if alert]
+
+    def _has_vanished(self, loss: float | None) -> bool:
+        if not self._first_norm or not self._first_loss or loss is None or len(self._norms) < 3:
+            return False
+        recent = statistics.median(list(self._norms)[-3:])
+        return recent < _VANISHED * self._first_norm and loss > _STILL_HIGH * self._first_loss
+
+    def after_epoch(self, history: Sequence[Mapping[str, Any]], chance_loss: float | None) -> list[Alert]:
+        """What the epochs so far say: rows with "metrics", and the loss of guessing where it is known."""
+        train = [row["metrics"].get("train/loss", math.nan) for row in history]
+        valid = [row["metrics"]["valid/loss"] for row in history if "valid/loss" in row["metrics"]]
+        stays = chance_loss is not None and bool(train) and train[-1] >= _CHANCE * chance_loss
+        last = valid[-_RISES - 1 :]
+        leaves = len(last) > _RISES and all(a < b for a, b in zip(last, last[1:], strict=False))
+        leaves = leaves and train[-1] < train[-_RISES - 1]
+        found = [
+            self._say(
+                "loss at chance", stays,
+                f"after {len(history)} epochs the training loss is {train[-1] if train else 0:.3g}, and guessing gives "
+                f"{chance_loss or 0:.3g}",
+                "torchkeep survey looks at the labels; a higher or lower optimizer.learning_rate",
+            ),
+            self._say(
+                "validation leaves training", leaves,
+                f"the validation loss has risen for {_RISES} evaluations while the training loss fell",
+                "early_stopping.patience, more data.augment or optimizer.weight_decay; the best checkpoint is kept",
+            ),
+        ]  # fmt: skip
+        return [alert for alert in found if alert]
+
+    def feeding(self, waiting_fraction: float) -> list[Alert]:
+        """What the share of time that was spent waiting for data says."""
+        self._waits.append(waiting_fraction)
+        mean = statistics.fmean(self._waits)
+        is_bound = len(self._waits) == _WINDOWS and mean > _WAITING
+        text = f"{mean:.0%} of the time is spent waiting for data"
+        return self._told("steps wait for data", is_bound, text, 'data.workers, or data.cache = "ram" for images')
+
+    def space(self, free_bytes: int, needed_bytes: int) -> list[Alert]:
+        """What the space that is left on the disk says; ``needed_bytes`` is about the next checkpoint's size."""
+        is_short = free_bytes < max(_LEAST_BYTES, 2 * needed_bytes)
+        text = f"the disk has {free_bytes / 1e9:.2f} GB left, and a checkpoint takes {needed_bytes / 1e9:.2f}"
+        return self._told("disk fills", is_short, text, "free some space, or a smaller checkpoint.keep_last")
+
+    def dead(self, fractions: Mapping[str, float]) -> list[Alert]:
+        """What the share of each layer's units that never answer says."""
+        worst = {name: part for name, part in fractions.items() if part > _DEAD}
+        names = ", ".join(f"{name} {part:.0%}" for name, part in sorted(worst.items(), key=lambda row: -row[1])[:5])
+        text = f"units answer no sample of a batch: {names}"
+        return self._told("dead units", bool(worst), text, "a lower optimizer.learning_rate, a warm-up or normalisation")
+
+    def _told(self, name: str, is_so: bool, text: str, fix: str) -> list[Alert]:
+        alert = self._say(name, is_so, text, fix)
+        return [alert] if alert else []
+
+    def _say(self, name: str, is_so: bool, text: str, fix: str) -> Alert | None:
+        if not is_so:
+            self._said.discard(name)
+            return None
+        if name in self._said:
+            return None
+        self._said.add(name)
+        return Alert(name, "warning", text, fix)

@@ -1,0 +1,168 @@
+"""The graph of a model: the operations of one forward, in the modules that do them, joined by the tensors they hand on.
+
+The forward itself is followed, so that whatever it decides, takes or gives is natural: dicts, outputs with attributes,
+modules that are called twice, loops whose length depends on the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..contracts import Json
+from ..tensors import to_json
+from .following import borrowed, plain, tensors_in
+from .media import MediaStore
+
+_MOST_NODES = 20_000
+_NO_STEPS = frozenset(("aten::detach", "aten::alias", "aten::lift_fresh"))  # they hand on what they are given
+
+
+@dataclass
+class Node:
+    """One operation, or an input, parameter or output. Names nest by "/"."""
+
+    name: str
+    op: str
+    inputs: list[str] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
+    dtype: str = ""
+
+    def to_json(self) -> Json:
+        return vars(self)
+
+
+class Graph:
+    """What was seen of a forward; ``how`` is "followed", or "modules" where the forward could not be."""
+
+    def __init__(self, nodes: list[Node], how: str, note: str = ""):
+        self.nodes, self.how, self.note = nodes, how, note
+
+    def settle(self, media: MediaStore) -> dict[str, Json]:
+        data = to_json({"nodes": [node.to_json() for node in self.nodes]})
+        facts = {"num_nodes": len(self.nodes), "how": self.how, "note": self.note}
+        return {"media": media.put(data, ".json"), **facts}
+
+
+def graph(model: nn.Module, call: Callable[[], Any]) -> Graph:
+    """The graph of ``model`` from one forward, which ``call`` makes. Nothing of the model is changed."""
+    model = plain(model)
+    scopes = _Scopes(model)
+    try:
+        with borrowed(model), scopes, _Following(scopes) as seen:
+            output = call()
+            seen.end(output)
+        if len(seen.nodes) > _MOST_NODES:
+            return Graph(_modules(model, scopes.order), "modules", f"{len(seen.nodes):,} operations")
+        return Graph(list(seen.nodes.values()), "followed")
+    except Exception as error:
+        return Graph(_modules(model, scopes.order), "modules", f"{type(error).__name__}: {str(error)[:300]}")
+
+
+class _Scopes:
+    """Which module is at work, by hooks that are taken away again."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._hooks: list[Any] = []
+        self.stack: list[str] = []
+        self.order: list[str] = []
+
+    def __enter__(self) -> _Scopes:
+        for module in self._model.modules():
+            self._hooks.append(module.register_forward_pre_hook(self._begin))
+            self._hooks.append(module.register_forward_hook(self._finish, always_call=True))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self.stack.append(self.scope_of(self._names[id(module)]))
+        self.order.append(self._names[id(module)])
+
+    def _finish(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.stack.pop()
+
+    def scope_of(self, name: str) -> str:
+        return "/".join([type(self._model).__name__, *name.split(".")] if name else [type(self._model).__name__])
+
+
+class _Following(TorchDispatchMode):  # type: ignore[misc]
+    """Notes each operation with where its tensors come from. Tensors are held, so that no number is given out twice."""
+
+    def __init__(self, scopes: _Scopes):
+        super().__init__()
+        self.nodes: dict[str, Node] = {}
+        self._scopes = scopes
+        self._from: dict[int, str] = {}
+        self._held: list[Tensor] = []
+        self._times: dict[str, int] = {}
+        model = scopes._model
+        self._owned = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [self._source(tensor) for tensor in tensors_in([args, kwargs or {}])]
+        result = func(*args, **(kwargs or {}))
+        op = func._schema.name
+        if op in _NO_STEPS and len(inputs) == 1:
+            self._hand_on(result, inputs[0])
+        elif len(self.nodes) <= _MOST_NODES:
+            scope = self._scopes.stack[-1] if self._scopes.stack else self._scopes.scope_of("")
+            self._hand_on(result, self._add(f"{scope}/{op.partition('::')[2]}", op, inputs, result))
+        return result
+
+    def _source(self, tensor: Tensor) -> str:
+        known = self._from.get(id(tensor))
+        if known is None:
+            owned = self._owned.get(id(tensor))
+            name = self._scopes.scope_of(owned) if owned else "input"
+            known = self._add(name, "parameter" if owned else "input", [], tensor)
+            self._hand_on(tensor, known)
+        return known
+
+    def _hand_on(self, value: Any, name: str) -> None:
+        for tensor in tensors_in(value):
+            self._from[id(tensor)] = name
+            self._held.append(tensor)
+
+    def _add(self, name: str, op: str, inputs: list[str], value: Any) -> str:
+        times = self._times[name] = self._times.get(name, -1) + 1
+        unique = f"{name}_{times}" if times else name
+        made = list(tensors_in(value))
+        shapes = [list(map(int, tensor.shape)) for tensor in made]
+        dtype = str(made[0].dtype).removeprefix("torch.") if made else ""
+        self.nodes[unique] = Node(unique, op, list(dict.fromkeys(inputs)), shapes, dtype)
+        return unique
+
+    def end(self, output: Any) -> None:
+        """Note what the forward gives."""
+        for tensor in tensors_in(output):
+            self._add("output", "output", [self._source(tensor)], tensor)
+
+
+def _modules(model: nn.Module, order: list[str]) -> list[Node]:
+    """A node for each module that holds no other, joined in the order in which they ran, else as they are registered."""
+    names = list(_leaves(model))
+    ran = [name for name in dict.fromkeys(order) if name in names]
+    before = ""
+    nodes = []
+    kinds = dict(model.named_modules())
+    for name in [*ran, *(name for name in names if name not in ran)][:_MOST_NODES]:
+        place = "/".join([type(model).__name__, *name.split(".")])
+        nodes.append(Node(place, type(kinds[name]).__name__, [before] if before and name in ran else []))
+        before = place if name in ran else before
+    return nodes
+
+
+def _leaves(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if name and not any(True for _ in module.children()):
+            yield name

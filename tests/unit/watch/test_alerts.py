@@ -1,0 +1,84 @@
+"""Alerts: planted troubles are said once, healthy courses never."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from torchkeep.watch.alerts import Alert, Alerts
+
+
+def read(alerts: Alerts, losses: list[float], norms: list[float]) -> list[str]:
+    found: list[Alert] = []
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+        found += alerts.after_reading({"train/loss": loss, "train/gradient_norm": norm}, step)
+    return [alert.name for alert in found]
+
+
+def healthy() -> dict[str, tuple[list[float], list[float]]]:
+    draws = random.Random(0)
+    steps = range(400)
+    noise = [math.exp(draws.gauss(0, 0.5)) for _ in steps]
+    return {
+        "decay": ([2.3 * math.exp(-s / 80) for s in steps], [n * math.exp(-s / 200) for s, n in zip(steps, noise, strict=True)]),
+        "converged": ([2.3 * math.exp(-s / 10) for s in steps], [max(1e-12, n * math.exp(-s / 10)) for s, n in zip(steps, noise, strict=True)]),
+        "warm-up": ([2.3 - s / 300 for s in steps], [n * min(1, 0.01 + s / 100) * 3 for s, n in zip(steps, noise, strict=True)]),
+        "oscillating": ([1 + math.sin(s / 9) / 2 for s in steps], [n * (1.5 + math.sin(s / 5)) for s, n in zip(steps, noise, strict=True)]),
+        "flat": ([0.7] * 400, noise),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", healthy())
+def test_healthy_courses_are_left_alone(name: str) -> None:
+    assert read(Alerts(), *healthy()[name]) == []
+
+
+def test_gradients_that_explode_are_said_once_until_they_were_well() -> None:
+    alerts = Alerts()
+    assert read(alerts, [1.0] * 34, [1.0] * 30 + [500.0, 600.0] + [1.0, 700.0]) == ["gradients explode"] * 2
+    assert read(Alerts(), [1.0], [math.inf]) == ["gradients explode"]
+
+
+def test_gradients_that_vanish_while_nothing_is_learned() -> None:
+    assert read(Alerts(), [2.3] * 60, [10.0 * 0.5**s for s in range(60)]) == ["gradients vanish"]
+
+
+def row(train: float, valid: float | None = None) -> dict[str, Any]:
+    return {"metrics": {"train/loss": train} | ({} if valid is None else {"valid/loss": valid})}
+
+
+def test_what_the_epochs_say() -> None:
+    alerts = Alerts()
+    chance = math.log(10)
+    assert [a.name for a in alerts.after_epoch([row(chance)], chance)] == ["loss at chance"]
+    assert alerts.after_epoch([row(chance), row(chance)], chance) == []
+    assert Alerts().after_epoch([row(2.0)], chance) == []
+    assert Alerts().after_epoch([row(50.0)], None) == []
+    leaving = [row(1.0, 0.9), row(0.8, 0.95), row(0.6, 1.0), row(0.4, 1.1)]
+    assert [a.name for a in Alerts().after_epoch(leaving, None)] == ["validation leaves training"]
+    assert Alerts().after_epoch(leaving[:3], None) == []
+    assert Alerts().after_epoch([row(1 + r["metrics"]["valid/loss"], r["metrics"]["valid/loss"]) for r in leaving], None) == []
+
+
+def test_what_the_machine_says() -> None:
+    alerts = Alerts()
+    said = [alerts.feeding(0.5) for _ in range(8)]
+    assert [len(found) for found in said] == [0, 0, 0, 0, 1, 0, 0, 0]
+    assert all(not Alerts().feeding(0.1) for _ in range(20))
+    assert alerts.space(100 << 30, 1 << 30) == []
+    assert [a.name for a in alerts.space(1 << 20, 10)] == ["disk fills"]
+    assert [a.name for a in alerts.space(3 << 30, 2 << 30)] == []
+    assert [a.text for a in alerts.dead({"1": 0.9, "2": 0.1})] == ["units answer no sample of a batch: 1 90%"]
+
+
+def test_the_state_goes_on() -> None:
+    one, other = Alerts(), Alerts()
+    read(one, [1.0] * 30, [1.0] * 30)
+    other.load_state_dict(one.state_dict())
+    assert read(other, [1.0], [1e3]) == ["gradients explode"]
+    again = Alerts()
+    again.load_state_dict(other.state_dict())
+    assert read(again, [1.0], [1e3]) == []

@@ -1,0 +1,121 @@
+"""The graph of a model: what its forward did, whatever it takes and gives, with nothing of it changed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torchkeep.watch.activity import activities, as_numbers
+from torchkeep.watch.graph import graph
+from torchkeep.watch.media import MediaStore
+
+
+def drawn(model: nn.Module, call: Any, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    facts = graph(model, call).settle(MediaStore(folder))
+    nodes = json.loads(MediaStore(folder).read(facts["media"]))["nodes"]
+    assert facts["num_nodes"] == len(nodes)
+    by_name = {node["name"]: node for node in nodes}
+    assert len(by_name) == len(nodes)
+    assert all(source in by_name for node in nodes for source in node["inputs"])
+    return facts, by_name
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first = nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor, times: int = 2, *, extra: Any = None) -> dict[str, Any]:
+        for _ in range(int(x.sum() > 0) + times):
+            x = self.drop(self.first(self.norm(x))).relu()
+        x[0] += 1
+        return {"hidden": [x], "logits": x @ x.T}
+
+
+def test_a_forward_is_followed_through_loops_dicts_and_calls_twice(tmp_path: Path) -> None:
+    facts, nodes = drawn(model := Body(), lambda: model(torch.ones(3, 4), 1, extra={"a": 1}), tmp_path)
+    assert facts["how"] == "followed", facts["note"]
+    assert [name for name in nodes if name.startswith("Body/first/addmm")] == ["Body/first/addmm", "Body/first/addmm_1"]
+    assert nodes["Body/first/weight"]["op"] == "parameter"
+    assert "Body/first/weight" in nodes[nodes["Body/first/addmm"]["inputs"][2]]["inputs"] or (
+        "Body/first/weight" in nodes["Body/first/addmm"]["inputs"]
+    )
+    outputs = [node for node in nodes.values() if node["op"] == "output"]
+    assert sorted(node["shapes"][0] for node in outputs) == [[3, 3], [3, 4]]
+
+
+def test_nothing_of_the_model_is_changed(tmp_path: Path) -> None:
+    model = Body()
+    model.first.eval()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    modes = [module.training for module in model.modules()]
+
+    def call() -> Any:
+        random.random(), np.random.rand(), torch.rand(2)
+        return model(torch.randn(3, 4))
+
+    for look in (graph, activities):
+        look(model, call)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+        assert [module.training for module in model.modules()] == modes
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_where_the_forward_fails_the_modules_are_shown(tmp_path: Path) -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.never = nn.Linear(2, 2), nn.ReLU(), nn.Linear(1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.never(self.b(self.a(x)))
+
+    facts, nodes = drawn(model := Fails(), lambda: model(torch.ones(1, 2)), tmp_path)
+    assert facts["how"] == "modules"
+    assert "RuntimeError" in facts["note"]
+    assert nodes["Fails/b"]["inputs"] == ["Fails/a"]
+    assert nodes["Fails/b"]["op"] == "ReLU"
+    assert activities(model, lambda: model(torch.ones(1, 2))) == {}
+
+
+@pytest.mark.parametrize("name", ["BertModel", "GPT2Model"])
+def test_models_of_transformers(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"BertModel": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+                           "vocab_size": 100},
+             "GPT2Model": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100}}  # fmt: skip
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**sizes[name]))
+    facts, nodes = drawn(model, lambda: model(input_ids=torch.ones(2, 5, dtype=torch.int64)), tmp_path)
+    assert facts["how"] == "followed", facts["note"]
+    assert 20 < len(nodes) < 400
+    assert any("layer" in name or "/h/" in name for name in nodes)
+
+
+def test_attention_takes_its_usual_way(tmp_path: Path) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    facts, nodes = drawn(model, lambda: model(torch.randn(2, 3, 8)), tmp_path)
+    assert facts["how"] == "followed", facts["note"]
+
+
+def test_units_that_never_answer_are_counted() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2), nn.Tanh())
+    with torch.no_grad():
+        model[0].weight[:6].zero_(), model[0].bias[:6].fill_(-1), model[0].bias[6:].fill_(1)
+    found = activities(model, lambda: model(torch.rand(16, 3)))
+    assert list(found) == ["1", "3"]
+    assert as_numbers({name: one.dead_fraction for name, one in found.items()}) == {"1": 0.75}
+    assert found["1"].histogram.settle(MediaStore(Path()))["num"] == 16 * 8
+    assert list(activities(nn.Sequential(plain := nn.Linear(2, 2)), lambda: plain(torch.ones(1, 2)))) == ["0"]

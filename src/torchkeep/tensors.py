@@ -25,7 +25,9 @@ _INT_KEYS = "$int_keys"
 _TUPLE = "$tuple"
 _FLOAT = "$float"
 _BYTES = "$bytes"
-_MAX_DEPTH = 64
+MAX_DEPTH = 64
+_MAX_DIGITS = 400
+_MAX_AXES = 64
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 _ALIGNMENT = 8
 _TYPES = {
@@ -163,7 +165,7 @@ def read_json(path: Path) -> Json:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("no file")  # a device or a pipe would never end
-        data = _strict(path.read_bytes())
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
             "a file is missing", where=path, fix="torchkeep runs shows which runs are whole"
@@ -171,17 +173,26 @@ def read_json(path: Path) -> Json:
     except (ValueError, OSError) as error:
         raise CheckpointError("a file is not the JSON it should be", where=path, got=error) from error
     except RecursionError:
-        raise CheckpointError(
-            "a file is nested too deeply", where=path, expected=f"at most {_MAX_DEPTH} levels"
-        ) from None
-    if _depth(data) > _MAX_DEPTH:
-        raise CheckpointError("a file is nested too deeply", where=path, expected=f"at most {_MAX_DEPTH} levels")
+        raise CheckpointError("a file is nested too deeply", where=path, expected=f"at most {MAX_DEPTH} levels") from None
+
+
+def parse_json(text: bytes) -> Json:
+    """Strict JSON.
+
+    Raises:  ValueError for what is none, RecursionError beyond 64 levels
+    """
+    data = json.loads(
+        text.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_refused, parse_float=_finite,
+        parse_int=_short,
+    )  # fmt: skip
+    if _is_deeper(data, MAX_DEPTH):
+        raise RecursionError
     return data
 
 
-def _strict(text: bytes) -> Json:
-    """Raises:  ValueError for what is no strict JSON"""
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_refused, parse_float=_finite)
+def _short(text: str) -> int:
+    # Python reads a number of n digits in n² steps: a file of some MB could take minutes
+    return int(text) if len(text) <= _MAX_DIGITS else _refused(f"a number of {len(text):,} digits")
 
 
 def _once_each(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -200,15 +211,9 @@ def _refused(text: str) -> Any:
     raise ValueError(f"{text}, which is no JSON")
 
 
-def _depth(data: Json) -> int:
-    deepest, todo = 0, [(data, 1)]
-    while todo:
-        value, depth = todo.pop()
-        deepest = max(deepest, depth)
-        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if depth <= _MAX_DEPTH:
-            todo.extend((child, depth + 1) for child in children)
-    return deepest
+def _is_deeper(data: Json, levels: int) -> bool:
+    children = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return levels < 1 or any(_is_deeper(child, levels - 1) for child in children if isinstance(child, dict | list))
 
 
 def to_safetensors(tensors: TensorTree) -> list[memoryview]:
@@ -253,10 +258,10 @@ def read_safetensors(file: Path | np.ndarray[Any, Any]) -> TensorTree:
         (size,) = struct.unpack_from("<Q", data.data)
         if size > min(len(data) - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"a header of {size:,} bytes in a file of {len(data):,}")
-        header = _strict(data[8 : 8 + size].tobytes())
+        header = parse_json(data[8 : 8 + size].tobytes())
         header.pop("__metadata__", None)
         return _tensors_in(header, data[8 + size :])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, struct.error) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, struct.error) as error:
         raise CheckpointError("this is not a whole safetensors file", where=where, got=error) from None
 
 
@@ -265,8 +270,10 @@ def _tensors_in(header: dict[str, Any], data: np.ndarray[Any, Any]) -> TensorTre
     tensors, end = {}, 0
     for name, row in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         begin, stop = row["data_offsets"]
-        kind, shape = _KINDS[row["dtype"]], [int(size) for size in row["shape"]]
-        if begin != end or min([*shape, 0]) < 0 or stop - begin != math.prod(shape) * kind.itemsize:
+        kind, shape = _KINDS[row["dtype"]], row["shape"]
+        if len(shape) > _MAX_AXES or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
+            raise ValueError(f"tensor {name!r} of shape {str(shape)[:100]}")
+        if begin != end or stop - begin != math.prod(shape) * kind.itemsize:
             raise ValueError(f"tensor {name!r} at {begin:,} to {stop:,}, of shape {shape}")
         end = stop
         piece = data[begin:stop]

@@ -169,7 +169,7 @@ class Desk:
     def runs(self) -> list[str]:
         """The names of the folders under runs/."""
         folder = self.folder / "runs"
-        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
     def records(self, run: str) -> list[dict[str, Any]]:
         lines = (self.folder / run / "records.jsonl").read_text(encoding="utf-8").splitlines()

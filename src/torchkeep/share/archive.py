@@ -25,8 +25,8 @@ import xxhash
 from .. import __version__
 from ..contracts import Json, TensorTree
 from ..errors import CheckpointError, PackageError, nearest
-from ..files import DurableFolder, checksum, write_durable
-from ..tensors import _MAX_DEPTH, _strict, read_safetensors, to_json
+from ..files import DurableFolder, checksum, make_folder, write_durable
+from ..tensors import MAX_DEPTH, parse_json, read_safetensors, to_json
 
 HEAD = "package.json"
 FORMAT = 1
@@ -65,7 +65,7 @@ def write_archive(
     """Write a package durably; the same members and ``head``, the further keys of package.json, give the same bytes.
 
     A folder takes the place of nothing but a whole package in the form of a folder. With another package's ``head`` and
-    members the copy has its identity, whichever version and form writes it.
+    members the copy has its identity, whichever version and form writes it. No member may change meanwhile.
     Raises:  PackageError for a name that a package cannot hold; StorageError where the disk refuses
     """
     with _refused(path, "a package cannot hold this", "names of a-z, 0-9, _ . - and /, and a head of strict JSON"):
@@ -76,6 +76,7 @@ def write_archive(
         _read_head(text, path)
     _check_place(path, folder)
     if not folder:
+        make_folder(path.parent)
         write_durable(path, *_zipped(text, sums, parts))
         return
     with DurableFolder(path, replace=True, manifest=False) as made:
@@ -214,7 +215,7 @@ def _refused(
     except OSError as error:
         raise PackageError("this package cannot be read", where=where, got=error) from None
     except RecursionError:
-        raise PackageError(what, where=where, got=f"more than {_MAX_DEPTH} levels in one another", fix=fix) from None
+        raise PackageError(what, where=where, got=f"more than {MAX_DEPTH} levels in one another", fix=fix) from None
     except (ValueError, TypeError, LookupError, OverflowError, MemoryError, struct.error) as error:
         said = str(error)[:_MAX_SAID] or type(error).__name__
         raise PackageError(what, where=where, got=said, fix=fix) from None
@@ -253,15 +254,7 @@ def _read_head(text: bytes, path: Path) -> tuple[dict[str, Json], dict[str, Sums
 def _json_in(text: bytes | memoryview, limit: int) -> Json:
     if len(text) > limit:
         raise ValueError(f"{len(text):,} bytes of JSON, where at most {limit:,} are read")
-    data = _strict(bytes(text))
-    if _is_deeper(data, _MAX_DEPTH):
-        raise RecursionError
-    return data
-
-
-def _is_deeper(data: Json, levels: int) -> bool:
-    children = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    return levels < 1 or any(_is_deeper(child, levels - 1) for child in children if isinstance(child, dict | list))
+    return parse_json(bytes(text))
 
 
 def _check_names(names: Iterable[str]) -> None:

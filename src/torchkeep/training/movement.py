@@ -43,7 +43,8 @@ class Movement:
 
 
 def _joint(norms: Sequence[Tensor], rows: list[int]) -> Tensor:
-    return torch.stack([norms[row] for row in rows]).float().norm()
+    joint: Tensor = torch.linalg.vector_norm(torch.stack([norms[row] for row in rows]).float())
+    return joint
 
 
 def _sample(parameter: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def _sample(parameter: Tensor) -> Tensor:
     is_dense = flat.is_contiguous() or (flat.ndim == 4 and flat.is_contiguous(memory_format=torch.channels_last))
     if is_dense:
         return flat.as_strided((-(-size // stride),), (stride,), flat.storage_offset())
-    return flat[(..., *[slice(None, None, stride)] * min(1, flat.ndim))]
+    return flat[..., ::stride] if flat.ndim else flat
 
 
 def _depth(names: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..contracts import INDEX, Batch, Clock, Decision, Schema
+from ..contracts import INDEX, Batch, Clock, Decision, Field, Schema
 from ..data.loader import Loader
 from ..model.freeze import learning
 from ..watch.activity import activities, as_numbers
@@ -172,7 +172,7 @@ class Watching:
     def _shown_inputs(self, seen: Seen) -> Any:
         """The pictures that were evaluated, as they were read; None where the samples are no pictures."""
         schema, valid = self._watched.schema, self._watched.valid
-        keys = [name for name in schema.inputs if schema[name].kind == "image"]
+        keys = [name for name in schema.inputs if _is_picture(schema[name])]
         if len(keys) != 1 or valid is None or seen.indices is None:
             return None
         if self._inputs is None:
@@ -228,7 +228,8 @@ class Watching:
 
     def _raise(self, alerts: list[Alert]) -> None:
         for alert in alerts:
-            self._recorder.alert(alert.name, alert.text, level=alert.level, fix=alert.fix)
+            at = self._watched.clock.state_dict()
+            self._recorder.alert(alert.name, alert.text, level=alert.level, fix=alert.fix, at=at)
 
     # --- the record
 
@@ -244,6 +245,11 @@ class Watching:
 
     def _log(self, kind: str, **payload: Any) -> None:
         self._recorder.log(kind, **self._watched.clock.state_dict(), **payload)
+
+
+def _is_picture(field: Field) -> bool:
+    shape = field.shape or ()
+    return field.kind == "image" or (field.kind in ("tensor", "vector") and len(shape) == 3 and shape[0] in (1, 3, 4))
 
 
 def _few(value: Any, most: int) -> Any:

@@ -18,6 +18,7 @@ _ENOUGH = 20
 _KEPT = 200
 _STILL_HIGH = 0.9  # of the first loss: gradients that are small at a small loss have done their work
 _CHANCE = 0.98  # of ln K: a model that has learned anything in an epoch is below
+_TRIED_STEPS = 100
 _RISES = 3
 _WAITING = 0.2
 _WINDOWS = 5
@@ -92,7 +93,8 @@ class Alerts:
         """What the epochs so far say: rows with "metrics", and the loss of guessing where it is known."""
         train = [row["metrics"].get("train/loss", math.nan) for row in history]
         valid = [row["metrics"]["valid/loss"] for row in history if "valid/loss" in row["metrics"]]
-        stays = chance_loss is not None and bool(train) and train[-1] >= _CHANCE * chance_loss
+        has_tried = bool(history) and history[-1]["step"] >= _TRIED_STEPS
+        stays = chance_loss is not None and has_tried and train[-1] >= _CHANCE * chance_loss
         last = valid[-_RISES - 1 :]
         leaves = len(last) > _RISES and all(a < b for a, b in zip(last, last[1:], strict=False))
         leaves = leaves and train[-1] < train[-_RISES - 1]

@@ -79,6 +79,9 @@ class Apart:
         finally:
             self._end()
 
+    def abandon(self) -> None:
+        self._end()
+
     def _ask(self, patience_s: float, verb: str, *arguments: Any) -> None:
         process = self._process = self._process or self._begin()
         assert process.stdin is not None

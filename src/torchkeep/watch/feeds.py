@@ -46,6 +46,9 @@ class View(Protocol):
 
     def close(self) -> None: ...
 
+    def abandon(self) -> None:
+        """End at once, from another thread: it has not closed within its time."""
+
 
 class Callback:
     """A callable that is given each record of this attempt, as a view."""
@@ -66,6 +69,8 @@ class Callback:
     def flush(self) -> None: ...
 
     def close(self) -> None: ...
+
+    def abandon(self) -> None: ...
 
 
 class Feed:
@@ -102,6 +107,7 @@ class Feed:
         self._thread.join(self.view.close_timeout_s)
         if self._thread.is_alive():
             self._alert(f"{self.view.name} did not end within {self.view.close_timeout_s:g} s and is left behind")
+            self.view.abandon()
 
     def _run(self) -> None:
         while not self._closing and self._left_out < _MOST_LEFT_OUT:

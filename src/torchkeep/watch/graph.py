@@ -95,11 +95,11 @@ class _Scopes:
         return "/".join([type(self._model).__name__, *name.split(".")] if name else [type(self._model).__name__])
 
 
-class _Following(TorchDispatchMode):  # type: ignore[misc]
+class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes each operation with where its tensors come from. Tensors are held, so that no number is given out twice."""
 
     def __init__(self, scopes: _Scopes):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: dict[str, Node] = {}
         self._scopes = scopes
         self._from: dict[int, str] = {}

@@ -274,11 +274,11 @@ class RunIndex:
         return work()
 
     def _refresh(self) -> None:
-        known = {row[0]: row[1:] for row in self._db.execute("SELECT folder, time, size, marks, status FROM run")}
-        newest = self._db.execute("SELECT folder FROM run ORDER BY created DESC LIMIT ?", (_NUM_RECENT,))
-        recent = {name for (name,) in newest}
+        known = {row[0]: row for row in self._db.execute("SELECT folder, time, size, status FROM run")}
+        newest = "SELECT folder, marks FROM run ORDER BY created DESC LIMIT ?"
+        recent = dict(self._db.execute(newest, (_NUM_RECENT,)).fetchall())
         root, found = os.fsencode(self.runs) + b"/", set(_folders(self.runs))
-        stale = (name for name in found if _is_stale(root + name, known.get(name), name in recent))
+        stale = (name for name in found if _is_stale(root + name, known.get(name), recent.get(name)))
         while batch := list(islice(stale, _BATCH_RUNS)):
             self._write([self._read(root, name) for name in batch])
         gone = [(name,) for name in known if name not in found]
@@ -401,16 +401,16 @@ def _is_run(folder: bytes) -> bool:
     return bool(_stat(folder, _FILES[0]) or _stat(folder, _FILES[1]))
 
 
-def _is_stale(folder: bytes, known: tuple[int, int, str, str] | None, is_recent: bool) -> bool:
-    record = _stat(folder, _FILES[0])
+def _is_stale(folder: bytes, known: tuple[bytes, int, int, str] | None, marks: str | None) -> bool:
     if known is None:
-        return record is not None or _is_run(folder)
-    time, size, marks, status = known
+        return _is_run(folder)
+    _, time, size, status = known
+    record = _stat(folder, _FILES[0])
     if (record.st_mtime_ns, record.st_size) != (time, size) if record else time is not None:
         return True
     if status == "running" and not _is_held(Path(os.fsdecode(folder))):
         return True
-    return is_recent and _marks(folder) != marks
+    return marks is not None and _marks(folder) != marks
 
 
 def _marks(folder: bytes) -> str:

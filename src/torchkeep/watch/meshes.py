@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from .kept import Kept, numbers
 from .media import Late, MediaStore
 
 MOST_VERTICES = 65_535  # what the 16-bit indices of TensorBoard's page can name
-_MOST_CELLS = 1 << 20  # along the longest side: three of them and the part fit into 64 bits
+_FEWEST_CELLS = 31  # along the longest side: two parts of so many cells cannot have too many
+_MOST_CELLS = 1 << 20  # three of them and the part fit into 64 bits
 _GREY, _ORANGE, _BLUE = (176, 176, 176), (216, 96, 28), (59, 110, 165)
 
 Array = np.ndarray[Any, Any]
@@ -119,11 +121,11 @@ class _Mesh:
         if before > MOST_VERTICES:
             vertices, colors, faces = _clustered(vertices, colors, faces, owner)
         parts = {"vertices": vertices, "colors": colors} | ({"faces": faces} if len(faces) else {})
+        data = save({name: np.ascontiguousarray(part) for name, part in parts.items()})
         facts: dict[str, Json] = {"num_vertices_before": before} if len(vertices) < before else {}
         facts["caption"] = self._legend() if len(self.parts) == 2 else ""
         return {
-            "media": media.put(save({name: np.ascontiguousarray(part) for name, part in parts.items()}), ".safetensors"),
-            "num_vertices": len(vertices), "num_faces": len(faces), "num_left_out": sum(part[3] for part in made),
+            "media": media.put(data, ".safetensors"), "num_vertices": len(vertices), "num_faces": len(faces), "num_left_out": sum(part[3] for part in made),
             **facts,
         }  # fmt: skip
 
@@ -132,7 +134,7 @@ class _Mesh:
 
 
 def _finite(part: _Part, hue: tuple[int, int, int]) -> tuple[Array, Array, Array, int]:
-    """Vertices float32, colours uint8 and faces int32 without what is not finite; how many faces, or points, that is."""
+    """Vertices float32, colours uint8 and faces int32 of what is finite; how many faces, or points, are not."""
     with np.errstate(over="ignore"):
         vertices = part.vertices.array().astype(np.float32)
     colors = np.broadcast_to(np.array(hue, np.uint8) if part.colors is None else _shades(part.colors), vertices.shape)
@@ -161,20 +163,18 @@ def _clustered(vertices: Array, colors: Array, faces: Array, owner: Array) -> tu
     """
     low = vertices.min(0).astype(np.float64)
     places = (vertices - low) / (max((vertices.max(0) - low).max(), np.finfo(np.float32).tiny))
-    fits, fails = 1, _MOST_CELLS
-    while fails - fits > 1:
-        middle = (fits * fails) ** 0.5 if fails > 2 * fits else (fits + fails) / 2
-        cells = min(fails - 1, max(fits + 1, int(middle)))
+    fits, fails = _FEWEST_CELLS, _MOST_CELLS
+    while fails - fits > max(1, fits // 64):
+        cells = max(fits + 1, math.isqrt(fits * fails))
         if len(np.unique(_keys(places, owner, cells))) <= MOST_VERTICES:
             fits = cells
         else:
             fails = cells
     _, cluster = np.unique(_keys(places, owner, fits), return_inverse=True)
     sizes = np.bincount(cluster)
-    means = [np.bincount(cluster, column) / sizes for column in (*vertices.T.astype(np.float64), *colors.T)]
-    return np.stack(means[:3], 1).astype(np.float32), np.stack(means[3:], 1).round().astype(np.uint8), _kept_faces(
-        cluster.astype(np.int64)[faces]
-    )
+    means = [np.bincount(cluster, column) / sizes for column in (*vertices.T, *colors.T)]
+    shades = np.stack(means[3:], 1).round().astype(np.uint8)
+    return np.stack(means[:3], 1).astype(np.float32), shades, _kept_faces(cluster.astype(np.int64)[faces])
 
 
 def _keys(places: Array, owner: Array, cells: int) -> Array:

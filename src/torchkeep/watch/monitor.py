@@ -145,7 +145,9 @@ class Monitor:
         late = pictures.prediction(inputs, truth, output, classes=classes, ids=ids, most=most)
         self._record("prediction", step, tag=tag, late=late)
 
-    def mesh(self, step: int, tag: str, vertices: Any, faces: Any = None, colors: Any = None, truth: Any = None) -> None:
+    def mesh(
+        self, step: int, tag: str, vertices: Any, faces: Any = None, colors: Any = None, truth: Any = None
+    ) -> None:
         """A mesh of vertices (N, 3) and faces (F, 3) or (F, 4), or points; beside it the true (vertices, faces)."""
         from .meshes import mesh
 
@@ -201,7 +203,8 @@ class Monitor:
 
     def alert(self, name: str, text: str, *, level: str = "warning", fix: str = "") -> None:
         """Something that a person should look at."""
-        self.recorder.alert(name, text, level=level, fix=fix)
+        at = {"step": self._step, "samples": self._samples, "epoch": self._epoch}
+        self.recorder.alert(name, text, level=level, fix=fix, at=at)
 
     def flush(self) -> None:
         """Wait until the disk has all that was logged: what a checkpoint acknowledges must not be lost.

@@ -102,12 +102,14 @@ class Recorder:
                 feed.close()
             self._file.close()
 
-    def alert(self, name: str, text: str, *, level: str = "warning", fix: str = "") -> None:
-        """Record a warning where the run stands, and say it."""
-        step, samples, epoch = self._last
-        self.log("alert", step=step, samples=samples, epoch=epoch, name=name, level=level, text=text, fix=fix)
+    def alert(
+        self, name: str, text: str, *, level: str = "warning", fix: str = "", at: dict[str, int] | None = None
+    ) -> None:
+        """Record a warning where the run stands (``at``: step, samples, epoch), and say it."""
+        at = at or dict(zip(("step", "samples", "epoch"), self._last, strict=True))
+        self.log("alert", **at, name=name, level=level, text=text, fix=fix)
         if self._on_alert is not None:
-            self._on_alert(text)
+            self._on_alert(text + (f" ({fix})" if fix else ""))
 
     def _view_failed(self, name: str, text: str) -> None:
         self.alert(f"view {name}", text)
@@ -161,7 +163,9 @@ class Recorder:
             text = f"{kind} {payload.get('tag', '')!r} could not be drawn: {type(error).__name__}: {error}"
             return "alert", {"name": f"kind {kind}", "level": "error", "text": text, "fix": ""}
 
-    def _numbered(self, kind: str, step: int, samples: int, epoch: int, time_s: float, payload: dict[str, Any]) -> Record:
+    def _numbered(
+        self, kind: str, step: int, samples: int, epoch: int, time_s: float, payload: dict[str, Any]
+    ) -> Record:
         head = {"kind": kind, "attempt": self.attempt, "rank": 0, "seq": self._seq}
         self._seq += 1
         self._last = step, samples, epoch

@@ -159,7 +159,7 @@ def superseded_after(path: Path) -> dict[int, float]:
     starts: dict[int, int] = {}
     attempts = {0}
     for record in records_of(path, "attempt_start"):
-        starts[record["attempt"]] = record.get("from_step", record["step"])
+        starts[record["attempt"]] = record["from_step"] if "from_step" in record else record["step"]
         attempts.add(record["attempt"])
     last: dict[int, float] = {}
     limit = math.inf

@@ -80,7 +80,8 @@ class Sensors:
 
     def _sums(self) -> Iterator[tuple[str, float]]:
         with contextlib.suppress(Exception):
-            disk, network = self._psutil.disk_io_counters(), self._psutil.net_io_counters()
+            disk: Any = self._psutil.disk_io_counters()
+            network = self._psutil.net_io_counters()
             yield "disk_read_bytes_per_s", disk.read_bytes
             yield "disk_write_bytes_per_s", disk.write_bytes
             yield "network_sent_bytes_per_s", network.bytes_sent

@@ -98,6 +98,9 @@ class TensorBoardView:
     def close(self) -> None:
         self._file.close()
 
+    def abandon(self) -> None:
+        """A disk that hangs is left alone."""
+
     def _events(self, records: list[Record], media: MediaStore) -> Iterator[bytes]:
         for record in records:
             kind = record["kind"]

@@ -65,7 +65,7 @@ def bytes_of(content: Any) -> bytes:
 
 @FORMS
 def test_a_package_gives_back_what_was_written(folder: bool, tmp_path: Path) -> None:
-    path = written(tmp_path / "a.tkp", head={"name": "ants"}, folder=folder)
+    path = written(tmp_path / "new" / "a.tkp", head={"name": "ants"}, folder=folder)
     opened = Archive.open(path)
     assert read_all(path) == {name: bytes_of(content) for name, content in MEMBERS.items()}
     assert opened.names == tuple(sorted(MEMBERS))
@@ -73,7 +73,7 @@ def test_a_package_gives_back_what_was_written(folder: bool, tmp_path: Path) -> 
     assert opened.json("architecture.json")["args"] == {"width": 3}
     tensors = opened.tensors("parameters.safetensors")
     assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
-    assert [file.name for file in tmp_path.iterdir()] == ["a.tkp"]
+    assert [file.name for file in path.parent.iterdir()] == ["a.tkp"]
 
 
 def test_the_same_members_are_the_same_bytes(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_gradients_that_vanish_while_nothing_is_learned() -> None:
 
 
 def row(train: float, valid: float | None = None) -> dict[str, Any]:
-    return {"metrics": {"train/loss": train} | ({} if valid is None else {"valid/loss": valid})}
+    return {"step": 200, "metrics": {"train/loss": train} | ({} if valid is None else {"valid/loss": valid})}
 
 
 def test_what_the_epochs_say() -> None:
@@ -57,6 +57,7 @@ def test_what_the_epochs_say() -> None:
     assert alerts.after_epoch([row(chance), row(chance)], chance) == []
     assert Alerts().after_epoch([row(2.0)], chance) == []
     assert Alerts().after_epoch([row(50.0)], None) == []
+    assert Alerts().after_epoch([row(chance) | {"step": 10}], chance) == []
     leaving = [row(1.0, 0.9), row(0.8, 0.95), row(0.6, 1.0), row(0.4, 1.1)]
     assert [a.name for a in Alerts().after_epoch(leaving, None)] == ["validation leaves training"]
     assert Alerts().after_epoch(leaving[:3], None) == []

@@ -48,6 +48,9 @@ class Shown:
     def close(self) -> None:
         self.is_closed = True
 
+    def abandon(self) -> None:
+        self.is_closed = True
+
     def steps(self) -> list[int]:
         return [record["step"] for record in self.seen if record["kind"] == "scalars"]
 
@@ -115,6 +118,7 @@ def test_a_view_that_hangs_is_left_behind(tmp_path: Path) -> None:
     log(recorder, range(5))
     recorder.close()
     assert alerts == ["shown did not end within 0.3 s and is left behind"]
+    assert view.is_closed
     hangs.set()
 
 

@@ -197,6 +197,9 @@ class FailingView:
     def close(self) -> None:
         self.calls.append("close")
 
+    def abandon(self) -> None:
+        self.calls.append("abandon")
+
 
 class SlowView(FailingView):
     name = "slow"

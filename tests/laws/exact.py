@@ -171,7 +171,7 @@ def settings_of(case: Case) -> dict[str, Any]:
     checkpoint = {"every": every if every == "epoch" else int(every), "on_error": "leave", "metric": "valid/loss"}
     checkpoint |= {"keep_every": 4} if case["keep"] == "every 4" else {}
     return {"train": train, "early_stopping": early, "checkpoint": checkpoint,
-            "monitor": {"views": [], "log_every": 2}}  # fmt: skip
+            "monitor": {"views": [], "log_every": 2, "graph": False, "histograms": "off"}}  # fmt: skip
 
 
 def fit(case: Case, place: Path, folder: Path, stop: Stop) -> tuple[tk.Run, str]:

@@ -211,7 +211,7 @@ def train_balanced(place: Path, folder: Path, stop: Stop) -> tuple[Any, ...]:
         "optimizer": {"name": "sgd", "learning_rate": 0.05, "schedule": "cosine", "warmup": 2},
         "train": {"epochs": 2, "threads": 1, "metrics": ["f1"], "label_smoothing": 0.1, "class_weights": [1.0, 2.0]},
         "checkpoint": {"every": 3, "on_error": "leave"},
-        "monitor": {"views": []},
+        "monitor": {"views": [], "graph": False, "histograms": "off"},
     }  # fmt: skip
 
     def before(module: nn.Module, *_: Any) -> None:

@@ -18,15 +18,14 @@ _MOST_CURVES = 10
 class Seen:
     """Gathers on the device while an evaluation goes on; read once at its end.
 
-    ``indices`` (N,) int64, ``outputs`` (N, …) and ``truths`` (N, …) are those of its first ``most`` samples, None where
-    output or target are no single tensor.
+    ``held`` has of its first ``most`` samples "index" (N,), "output" (N, …), "truth" (N, …), and under "shown" what the
+    batches have at the key ``shown``, as it was read; empty where output or target are no single tensor.
     """
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, shown: str | None = None):
         self.most = most
-        self.indices: Tensor | None = None
-        self.outputs: Tensor | None = None
-        self.truths: Tensor | None = None
+        self.held: dict[str, Tensor] = {}
+        self._shown = shown
         self._counts = ClassCounts("confusion")
         self._curves: Tensor | None = None
 
@@ -34,7 +33,9 @@ class Seen:
         """Take a batch in. Shapes: output (B, …), target (B, …); anything else is left out."""
         if not isinstance(output, Tensor) or not isinstance(target, Tensor):
             return
-        self._hold(batch[INDEX], output.detach(), target)
+        parts = {"index": batch[INDEX], "output": output.detach(), "truth": target}
+        shown = batch.get(self._shown) if self._shown else None
+        self._hold(parts | ({"shown": shown} if isinstance(shown, Tensor) else {}))
         if target.ndim != 1 or output.ndim > 2:
             return
         num_classes = 2 if output.ndim == 1 or output.shape[1] == 1 else output.shape[1]
@@ -44,17 +45,15 @@ class Seen:
             if num_classes <= _MOST_CURVES and not target.is_floating_point():
                 self._add_curves(output.detach(), target)
 
-    def _hold(self, index: Tensor, output: Tensor, target: Tensor) -> None:
-        held = 0 if self.indices is None else len(self.indices)
-        if held >= self.most or len(output) != len(target):
+    def _hold(self, parts: dict[str, Tensor]) -> None:
+        num_held = len(self.held["index"]) if self.held else 0
+        if num_held >= self.most or len({len(part) for part in parts.values()}) > 1:
             return
-        few = slice(0, self.most - held)
-        new = [index[few].cpu(), output[few].clone(), target[few].clone()]
-        if self.indices is None or self.outputs is None or self.truths is None:
-            self.indices, self.outputs, self.truths = new
-        elif self.outputs.shape[1:] == new[1].shape[1:] and self.truths.shape[1:] == new[2].shape[1:]:
-            parts = zip((self.indices, self.outputs, self.truths), new, strict=True)
-            self.indices, self.outputs, self.truths = (torch.cat(pair) for pair in parts)
+        new = {name: part[: self.most - num_held].clone() for name, part in parts.items()}
+        if not self.held:
+            self.held = new
+        elif self.held.keys() == new.keys() and all(self.held[k].shape[1:] == new[k].shape[1:] for k in new):
+            self.held = {name: torch.cat([part, new[name]]) for name, part in self.held.items()}
 
     def _add_curves(self, output: Tensor, target: Tensor) -> None:
         if output.ndim == 1 or output.shape[1] == 1:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..contracts import INDEX, Batch, Clock, Decision, Field, Schema
 from ..data.loader import Loader
+from ..errors import StorageError
 from ..model.freeze import learning
 from ..watch.activity import activities, as_numbers
 from ..watch.alerts import Alert, Alerts
@@ -29,7 +30,6 @@ from .seen import Seen
 from .step import Stepper
 
 BUDGET = 0.01
-_WRITING = 2.0  # what the writer's thread does with it later costs about as much again
 _EXAMPLES = 32
 DUES = ("histograms", "pictures")
 """The decisions that say how often something is done."""
@@ -79,7 +79,7 @@ class Due:
         """Note when it is due again; the decision where its period has just been set."""
         made = None
         if self.period is None:
-            affordable = cost_s * _WRITING / (BUDGET * step_s) if step_s else 0
+            affordable = cost_s / (BUDGET * step_s) if step_s else 0
             epochs = max(1, math.ceil(affordable / self._epoch_steps))
             self.period = epochs * self._epoch_steps
             reason = f"one round takes {cost_s * 1e3:.3g} ms, and {BUDGET:.0%} of the time is for it"
@@ -99,7 +99,7 @@ class Watching:
         wanted: Wanted = "auto" if chosen.histograms == "off" else chosen.histograms
         self._histograms = Due("histograms", "monitor.histograms", wanted, steps, periods.get("histograms"))
         self._pictures = Due("pictures", "monitor.images", "auto", steps, periods.get("pictures"))
-        self._inputs: Batch | None = None
+        self._first: Batch | None = None
         self._profile: Any = None
         self._last_profiled = 0
         self.next_step = _NEVER
@@ -144,7 +144,7 @@ class Watching:
     def gatherer(self) -> Seen | None:
         """What gathers at the evaluation that comes now, where something of it is to be shown."""
         is_due = self._chosen.images and self._pictures.is_due(self._watched.clock.step)
-        return Seen(self._chosen.images) if is_due else None
+        return Seen(self._chosen.images, self._picture_key()) if is_due else None
 
     def show_seen(self, seen: Seen, split: str, step_s: float) -> None:
         """Record what an evaluation has gathered."""
@@ -158,29 +158,34 @@ class Watching:
             for number, curve in enumerate(curves[1:] if len(curves) == 2 else curves, start=len(curves) == 2):
                 name = classes[number] if number < len(classes) else str(number)
                 self._log("pr_curve", tag=f"{split}/pr_curve/{name}", **curve)
-            if seen.indices is not None:
-                inputs = self._shown_inputs(seen)
+            if seen.held:
                 late = prediction(
-                    inputs, seen.truths, seen.outputs, classes=classes, ids=seen.indices.tolist(), most=seen.most
-                )
+                    self._shown(seen), seen.held["truth"], seen.held["output"], classes=classes,
+                    ids=seen.held["index"].tolist(), most=seen.most,
+                )  # fmt: skip
                 self._log("prediction", tag=f"{split}/prediction", late=late)
 
     def _classes(self) -> tuple[str, ...]:
         schema = self._watched.schema
         return next((schema[name].classes for name in schema.targets if schema[name].classes), ())
 
-    def _shown_inputs(self, seen: Seen) -> Any:
-        """The pictures that were evaluated, as they were read; None where the samples are no pictures."""
-        schema, valid = self._watched.schema, self._watched.valid
+    def _picture_key(self) -> str | None:
+        schema = self._watched.schema
         keys = [name for name in schema.inputs if _is_picture(schema[name])]
-        if len(keys) != 1 or valid is None or seen.indices is None:
+        return keys[0] if len(keys) == 1 else None
+
+    def _shown(self, seen: Seen) -> Any:
+        """The pictures that were evaluated, as they were read; None where the samples are no pictures."""
+        key, valid = self._picture_key(), self._watched.valid
+        if key is None or "shown" in seen.held:
+            return seen.held.get("shown")
+        if self._first is None and valid is not None:  # features were evaluated: what they are of is read once
+            self._first = {name: valid.peek()[name][: seen.most].clone() for name in (key, INDEX)}
+        if self._first is None:
             return None
-        if self._inputs is None:
-            self._inputs = {name: value[: seen.most].clone() for name, value in valid.peek().items()
-                            if name in (keys[0], INDEX) and isinstance(value, Tensor)}  # fmt: skip
-        places = {index: place for place, index in enumerate(self._inputs[INDEX].tolist())}
-        rows = [places.get(index, -1) for index in seen.indices.tolist()]
-        return self._inputs[keys[0]][rows] if -1 not in rows else None
+        places = {index: place for place, index in enumerate(self._first[INDEX].tolist())}
+        rows = [places.get(index, -1) for index in seen.held["index"].tolist()]
+        return self._first[key][rows] if -1 not in rows else None
 
     # --- histograms
 
@@ -238,6 +243,9 @@ class Watching:
         """Do something expensive that is due, and set its period if this was the first time."""
         began, step = time.perf_counter(), self._watched.clock.step
         yield
+        if due.period is None:  # what the writer's thread does with it takes its time from the training too
+            with suppress(StorageError):
+                self._recorder.flush()
         made = due.done(step, time.perf_counter() - began, step_s)
         if made is not None:
             self._log("decision", **vars(made))

@@ -282,6 +282,7 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     console.table(("metric", *names), [
         (metric, *(_number_text(values, name) + " *" * (name in comparison.best(metric)) for name in names))
         for metric, values in comparison.metrics.items()
+        if not _is_detail(metric.partition(".")[2])
     ])  # fmt: skip
     for section, rows in comparison.differences.items():
         if rows:
@@ -318,13 +319,19 @@ def parting_text(parting: Parting, first: str) -> str:
     return f"{first} and {parting.run}: no difference up to step {parting.step:,} ({parting.num_equal:,} numbers)"
 
 
+def _is_detail(tag: str) -> bool:
+    """Whether a number is one of many of its kind, or of the machine: a terminal leaves it to the page."""
+    return tag.startswith(("system/", "loader/", "train/update_ratio/", "train/device_waits"))
+
+
 def _number_text(values: Mapping[str, float], run: str) -> str:
     return format_number(values[run]) if run in values else "-"
 
 
 def _show_curves(console: Console, comparison: Comparison) -> None:
     signs = _SPARKS if console._printable(_SPARKS) == _SPARKS else _ASCII_SPARKS
-    shown = {tag: curves for tag, curves in comparison.curves.items() if max(map(len, curves.values())) > 1}
+    several = {tag: curves for tag, curves in comparison.curves.items() if max(map(len, curves.values())) > 1}
+    shown = {tag: curves for tag, curves in several.items() if not _is_detail(tag)}
     for tag, curves in list(shown.items())[:_SHOWN_CURVES]:
         finite = [value for line in curves.values() for _, value in line if math.isfinite(value)] or [0.0]
         span = min(finite), max(finite)
@@ -335,8 +342,8 @@ def _show_curves(console: Console, comparison: Comparison) -> None:
             (run, spark(line, (min(steps), max(steps)), span, columns, signs), format_number(line[-1][1]))
             for run, line in curves.items()
         ])  # fmt: skip
-    if len(shown) > _SHOWN_CURVES:
-        console.say(f"and {len(shown) - _SHOWN_CURVES} more curves")
+    if len(several) > (num_shown := min(len(shown), _SHOWN_CURVES)):
+        console.say(f"and {len(several) - num_shown} more curves: --html shows all")
 
 
 def spark(points: Points, steps: tuple[int, int], span: tuple[float, float], columns: int, signs: str) -> str:

@@ -86,7 +86,7 @@ def rebinned(payload: Mapping[str, Json], num: int = 64) -> tuple[np.ndarray[Any
 
 def _flat(value: Any, where: str) -> Tensor:
     values = numbers(value, where)
-    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements="CW"))
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
     return tensor.reshape(-1)
 
 
@@ -151,7 +151,7 @@ def _groups(flats: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
     group: list[Piece] = []
     room = most
     for place, flat in flats:
-        for piece in flat.split(most) if len(flat) else ():
+        for piece in (flat[start : start + most] for start in range(0, len(flat), most)):
             if group and (_num_rows(piece) * _ROW > room or _kind(piece) != _kind(group[0][1])):
                 yield group
                 group, room = [], most

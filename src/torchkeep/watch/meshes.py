@@ -125,8 +125,8 @@ class _Mesh:
         facts: dict[str, Json] = {"num_vertices_before": before} if len(vertices) < before else {}
         facts["caption"] = self._legend() if len(self.parts) == 2 else ""
         return {
-            "media": media.put(data, ".safetensors"), "num_vertices": len(vertices), "num_faces": len(faces), "num_left_out": sum(part[3] for part in made),
-            **facts,
+            "media": media.put(data, ".safetensors"), "num_vertices": len(vertices), "num_faces": len(faces),
+            "num_left_out": sum(part[3] for part in made), **facts,
         }  # fmt: skip
 
     def _legend(self) -> str:
@@ -146,11 +146,11 @@ def _finite(part: _Part, hue: tuple[int, int, int]) -> tuple[Array, Array, Array
 
 
 def _shades(kept: Kept) -> Array:
-    values = kept.array()[..., :3]
+    values: Any = kept.array()[..., :3]
     if values.dtype.kind == "f":
         values = np.nan_to_num(values)
-        values = values * 255 if values.max(initial=0) <= 1 else values
-    return np.clip(values, 0, 255).astype(np.uint8)
+        values = (values * 255).round() if values.max(initial=0) <= 1 else values
+    return np.asarray(np.clip(values, 0, 255).astype(np.uint8))
 
 
 # --- fewer vertices
@@ -187,4 +187,4 @@ def _kept_faces(faces: Array) -> Array:
     a, b, c = np.sort(faces, 1).T
     _, first = np.unique((a << 32) | (b << 16) | c, return_index=True)
     kept = np.sort(first)
-    return faces[kept[((a != b) & (b != c))[kept]]].astype(np.int32)
+    return np.asarray(faces[kept[((a != b) & (b != c))[kept]]].astype(np.int32))

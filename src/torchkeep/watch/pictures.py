@@ -132,8 +132,8 @@ def _eight_bit(values: Array) -> tuple[Array, str]:
     note = "" if low == 0 and high in (1, 255) else f"black is {low:.4g}, white {high:.4g}"
     if low == high:
         return np.full(values.shape, 128, np.uint8), f"all is {low:.4g}"
-    # halved: the distance of two floats may be none
-    part = (values.astype(np.float64 if max(-low, high) > 1e30 else np.float32) / 2 - low / 2) / (high / 2 - low / 2)
+    wide: Any = values.astype(np.float64 if max(-low, high) > 1e30 else np.float32)
+    part = (wide / 2 - low / 2) / (high / 2 - low / 2)  # halved: the distance of two floats may be none
     return (np.nan_to_num(part, nan=0, posinf=1, neginf=0).clip(0, 1) * 255).round().astype(np.uint8), note
 
 
@@ -193,8 +193,8 @@ def prediction(
     true, found = _planes(true, found)
     shown, mean, std = _thin_inputs(shown, mean, std)
     names = [getattr(name, "item", lambda name=name: name)() for name in list(ids)[: len(true)]]
-    arrays = [Kept(values) if hasattr(values, "ndim") else values for values in (shown, true, found, mean, std)]
-    return _Prediction(*arrays, tuple(map(str, classes)), names, confidence == "given")
+    kept = [Kept(values) if hasattr(values, "ndim") else values for values in (shown, true, found, mean, std)]
+    return _Prediction(tuple(kept), tuple(map(str, classes or ())), names, confidence == "given")
 
 
 def _few(values: Any, most: int, where: str) -> Any:
@@ -240,7 +240,7 @@ def _planes(true: Any, found: Any) -> tuple[Any, Any]:
             found = found > 0 if "float" in str(found.dtype) else found
     if not 3 <= true.ndim == getattr(found, "ndim", 0) <= 4 or 0 in (*true.shape, *found.shape):
         raise _unlike("the output is no picture as the truth is", "prediction", got, "(B, H, W) and (B, K, H, W)")
-    return tuple(_thinned(part, part.ndim - 2, _KEPT_SIDE)[0] for part in (true, found))  # type: ignore[return-value]
+    return _thinned(true, true.ndim - 2, _KEPT_SIDE)[0], _thinned(found, found.ndim - 2, _KEPT_SIDE)[0]
 
 
 @dataclass
@@ -255,21 +255,15 @@ class _Said:
 
 @dataclass(frozen=True)
 class _Prediction:
-    inputs: Any
-    truth: Any
-    output: Any
-    mean: Kept | None
-    std: Kept | None
+    kept: tuple[Any, ...]
     classes: tuple[str, ...]
     ids: list[Any]
     is_given: bool
 
     def settle(self, media: MediaStore) -> dict[str, Json]:
-        inputs, true, found = (
-            part.array() if isinstance(part, Kept) else part for part in (self.inputs, self.truth, self.output)
-        )
+        inputs, true, found, mean, std = (part.array() if isinstance(part, Kept) else part for part in self.kept)
         is_picture = isinstance(inputs, np.ndarray) and inputs.ndim == 4
-        columns = {"input": _small(self._undone(inputs))} if is_picture else {}
+        columns = {"input": _small(_undone(inputs, mean, std))} if is_picture else {}
         texts = [None] * len(true) if is_picture or inputs is None else list(map(_written, inputs))
         legend: dict[str, Color] = {}
         if isinstance(true, np.ndarray) and true.ndim >= 3:
@@ -285,14 +279,7 @@ class _Prediction:
         rows = zip(names, texts, said, strict=True)
         return payload | {"rows": [{"sample": name, "input": text, **asdict(one)} for name, text, one in rows]}
 
-    def _undone(self, inputs: Array) -> Array:
-        """The pictures before they were normalised; what rounding leaves beyond 0 … 1 is cut off."""
-        if inputs.dtype.kind != "f" or (self.mean is None and self.std is None):
-            return inputs
-        std, mean = (start if part is None else part.array() for start, part in ((1, self.std), (0, self.mean)))
-        return np.asarray((inputs * std + mean).clip(0, 1))
-
-    def _name(self, number: float) -> str:
+    def _name(self, number: Any) -> str:
         place = int(number)
         return self.classes[place] if 0 <= place < len(self.classes) else str(place)
 
@@ -343,9 +330,9 @@ class _Prediction:
                 return {"truth": _small(true), "output": _small(found)}, {}
             both = _small(np.concatenate([true, found]))  # together: in one range
             return {"truth": both[: len(true)], "output": both[len(true) :]}, {}
-        numbers_ = np.unique(np.concatenate([np.unique(true), np.unique(found)]).astype(np.int64))
+        present = np.unique(np.concatenate([np.unique(true), np.unique(found)]).astype(np.int64))
         # others are ignored; of two classes the first is the background
-        kept = numbers_[(numbers_ >= 0) & ((numbers_ < len(self.classes)) if self.classes else (numbers_ != 255))]
+        kept = present[(present >= 0) & ((present < len(self.classes)) if self.classes else (present != 255))]
         kept = kept[kept > 0] if kept.max(initial=0) <= 1 else kept
         hues = {int(number): _hue(int(number)) for number in kept}
         planes = {
@@ -353,6 +340,13 @@ class _Prediction:
             for name, masks in (("truth", true), ("output", found))
         }
         return planes, {self._name(number): hue for number, hue in hues.items()}
+
+
+def _undone(inputs: Array, mean: Array | None, std: Array | None) -> Array:
+    """The pictures before they were normalised; what rounding leaves beyond 0 … 1 is cut off."""
+    if inputs.dtype.kind != "f" or (mean is None and std is None):
+        return inputs
+    return np.asarray((inputs * (1 if std is None else std) + (0 if mean is None else mean)).clip(0, 1))
 
 
 def _is_whole(values: Array) -> bool:

@@ -10,10 +10,10 @@ from torchkeep.watch.curves import NUM_THRESHOLDS, curve_of
 
 
 def gathered(output: Tensor, target: Tensor, batch: int = 7, most: int = 10) -> Seen:
-    seen = Seen(most)
+    seen = Seen(most, "x")
     for begin in range(0, len(output), batch):
         rows = slice(begin, begin + batch)
-        seen.add({"index": torch.arange(len(output))[rows]}, output[rows], target[rows])
+        seen.add({"index": torch.arange(len(output))[rows], "x": torch.arange(len(output))[rows]}, output[rows], target[rows])
     return seen
 
 
@@ -21,10 +21,9 @@ def test_the_first_samples_are_held_in_order() -> None:
     torch.manual_seed(0)
     output, target = torch.randn(20, 3), torch.randint(0, 3, (20,))
     seen = gathered(output, target)
-    assert seen.indices is not None
-    assert seen.outputs is not None
-    assert seen.indices.tolist() == list(range(10))
-    assert torch.equal(seen.outputs, output[:10])
+    assert seen.held["index"].tolist() == seen.held["shown"].tolist() == list(range(10))
+    assert torch.equal(seen.held["output"], output[:10])
+    assert torch.equal(seen.held["truth"], target[:10])
 
 
 def test_confusion_counts_truth_by_output() -> None:
@@ -62,9 +61,9 @@ def test_what_are_no_classes_is_left_out() -> None:
     numbers = gathered(torch.randn(9, 1), torch.randn(9, 1))
     assert numbers.confusion() is None
     assert numbers.curves() == []
-    assert numbers.outputs is not None
+    assert len(numbers.held["output"]) == 9
     nothing = Seen(4)
     nothing.add({"index": torch.arange(3)}, {"boxes": 1}, None)
-    assert nothing.indices is None
+    assert nothing.held == {}
     broken = gathered(torch.full((4, 3), torch.nan), torch.tensor([0, 1, 2, -100]))
     assert broken.curves()[0]["true_positives"][0] == 0

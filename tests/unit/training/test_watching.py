@@ -120,7 +120,7 @@ def test_a_period_is_set_once_by_what_it_costs() -> None:
     due.goes_on_from(0)
     assert not due.is_due(99)
     assert due.is_due(100)
-    made = due.done(100, cost_s=0.5, step_s=0.01)  # 2 × 0.5 s are 1 % of 100 s: 10,000 steps
+    made = due.done(100, cost_s=1.0, step_s=0.01)  # 1 s is 1 % of 100 s: 10,000 steps
     assert made is not None
     assert (made.name, made.value, due.period) == ("histograms", 10_000, 10_000)
     assert not due.is_due(9_999)

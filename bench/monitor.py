@@ -281,7 +281,9 @@ def _judged(result: dict[str, Any]) -> dict[str, float]:
         found["log: us a scalar, 20 at once"] = result["log"]["torchkeep, 20 at once"]["median"]
         found["log: us a scalar, one at once"] = result["log"]["torchkeep, one at once"]["median"]
     if "tiny" in result:
-        found["tiny step: rate with 20 scalars a step, of off"] = result["tiny"]["rate_of_off"]["torchkeep on"]["median"]
+        found["tiny step: rate with 20 scalars a step, of off"] = result["tiny"]["rate_of_off"]["torchkeep on"][
+            "median"
+        ]
     if "kill" in result:
         found["kill -9: seconds lost"] = statistics.fmean([result["kill"]["seconds_lost"]["max"]])
         found["kill -9: acknowledged records lost"] = result["kill"]["acknowledged_lost"]

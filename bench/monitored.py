@@ -215,7 +215,11 @@ def runs(place: str, times: int) -> None:
         folder = Path(place) / f"run-{number:05d}"
         folder.mkdir()
         accuracy = 0.5 + (number * 7919 % 5000) / 10_000
-        recipe = {"model": {"name": "convnet" if number % 3 else "mlp"}, "optimizer": {"learning_rate": 1e-3}, "seed": 0}
+        recipe = {
+            "model": {"name": "convnet" if number % 3 else "mlp"},
+            "optimizer": {"learning_rate": 1e-3},
+            "seed": 0,
+        }
         facts = {"format": 1, "id": folder.name, "created": 1.7e9 + number, "decisions": [], "data": {},
                  "environment": {"packages": {}}, "recipe": recipe, "code": {"commit": f"{number:040x}"}}  # fmt: skip
         (folder / "run.json").write_text(json.dumps(facts))

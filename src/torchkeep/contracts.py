@@ -150,7 +150,7 @@ class Clock:
     epoch: int = 0
 
     def state_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return {"step": self.step, "samples": self.samples, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step, self.samples, self.epoch = state["step"], state["samples"], state["epoch"]

@@ -173,7 +173,9 @@ def read_json(path: Path) -> Json:
     except (ValueError, OSError) as error:
         raise CheckpointError("a file is not the JSON it should be", where=path, got=error) from error
     except RecursionError:
-        raise CheckpointError("a file is nested too deeply", where=path, expected=f"at most {MAX_DEPTH} levels") from None
+        raise CheckpointError(
+            "a file is nested too deeply", where=path, expected=f"at most {MAX_DEPTH} levels"
+        ) from None
 
 
 def parse_json(text: bytes) -> Json:

@@ -69,10 +69,10 @@ class Clips(LabelledData):
         known = whole_of(like, Clips, "a dataset of recordings", where)
         self.blobs = self._held = blobs
         self._labels, self.where = labels, where
-        self.channels: Channels = channels or (known.channels if known else 1)
-        self.features: Features = features or (known.features if known else "log_mel")
-        self.num_mels = num_mels or (known.num_mels if known else 64)
-        self.seconds = seconds or (known.seconds if known else None)
+        self.channels: Channels = channels or (known.channels if known is not None else 1)
+        self.features: Features = features or (known.features if known is not None else "log_mel")
+        self.num_mels = num_mels or (known.num_mels if known is not None else 64)
+        self.seconds = seconds or (known.seconds if known is not None else None)
         self.augmentations = SoundAugmentations(tuple(augment), self.features == "log_mel")
         self.threads = not self.augmentations.has_callable
         for name, given, known_values in (
@@ -86,7 +86,8 @@ class Clips(LabelledData):
                 "log-mels are made of one channel", where="channels", got=2, expected='1 or "mix"',
                 fix='features = "waveform" keeps two',
             )  # fmt: skip
-        self.sample_rate = sample_rate or (known.sample_rate if known else self._decoded(0, self._where(0))[1])
+        stated = sample_rate or (known.sample_rate if known is not None else None)
+        self.sample_rate = stated or self._decoded(0, self._where(0))[1]
         if self.features == "log_mel" and self.sample_rate < _LEAST_RATE:
             raise SettingsError(
                 "log-mels need a higher rate", where="sample_rate",

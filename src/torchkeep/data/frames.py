@@ -166,8 +166,14 @@ def _read_csv(path: Path, form: Form) -> Frame:
         frame = pcsv.read_csv(path, read, parse, convert)
     if frame.num_rows:
         _check_closed(path, frame[names[-1]][-1].as_py(), frame.num_rows)
-    made = {name: frame[name] if name in form.text else _typed(frame[name], name in form.words) for name in names}
-    return pa.table(made)
+    return with_types(frame, form)
+
+
+def with_types(frame: Frame, form: Form) -> Frame:
+    """The same table, its texts as what all cells of their column can be read as: numbers, dates, bools, texts."""
+    kept = {name for name in frame.column_names if name in form.text or not is_text(frame[name].type)}
+    columns = {name: frame[name] for name in frame.column_names}
+    return pa.table({n: held if n in kept else _typed(held, n in form.words) for n, held in columns.items()})
 
 
 def _check_closed(path: Path, last: str, num_rows: int) -> None:
@@ -186,7 +192,7 @@ def _check_closed(path: Path, last: str, num_rows: int) -> None:
 
 
 def _typed(texts: Any, are_words: bool) -> Any:
-    trimmed = pc.utf8_trim_whitespace(texts)
+    trimmed = pc.utf8_trim_whitespace(pc.cast(texts, pa.string()))
     cells = pc.if_else(pc.is_in(trimmed, pa.array(MISSING)), pa.scalar(None, pa.string()), trimmed)
     if are_words:
         return cells

@@ -47,7 +47,8 @@ class Images(LabelledData):
     Options that all of them take: ``image_size``, the side of the square images (without it all must have one size);
     ``crop_fraction``, how much of the short side the middle square has that becomes one;
     ``channels`` 3 or 1; ``bits`` 8, or 16 to keep more; ``augment``; ``mean`` and ``std`` of each channel in units
-    where white is 1; ``like``, a dataset whose classes, size and statistics are taken over.
+    where white is 1; ``like``, a dataset whose classes, size and statistics are taken over; ``size``, the height and
+    width of all images where neither ``image_size`` nor a first image tells them.
     """
 
     threads = True  # decoding and resizing release the GIL
@@ -62,6 +63,7 @@ class Images(LabelledData):
         channels: int | None = None, bits: Literal[8, 16] | None = None, augment: Sequence[Augmentation] = (),
         mean: Sequence[float] | None = None, std: Sequence[float] | None = None, like: Any = None,
         masks: Blobs | None = None, mask_classes: Sequence[str] = (), crop_fraction: float | None = None,
+        size: tuple[int, int] | None = None,
     ):  # fmt: skip
         known = whole_of(like, Images, "a dataset of images", where)
         self.blobs = self._held = blobs
@@ -69,17 +71,18 @@ class Images(LabelledData):
         self.augmentations = Augmentations(check_augmentations(augment))
         # a callable of the user's may hold the GIL, or may not bear several threads
         self.threads = not self.augmentations.has_callable
-        before = known.schema.preprocess if known else None
+        before = known.schema.preprocess if known is not None else None
         self.channels = channels or (before.channels if before else 3)
         self.bits = bits or (before.bits if before else 8)
         self.crop_fraction = crop_fraction or (before.crop_fraction if before else 1.0)
-        self.image_size = image_size or (known.image_size if known else None)
+        self.image_size = image_size or (known.image_size if known is not None else None)
         if self.image_size:
             self.size = (self.image_size, self.image_size)
         else:
-            self.size = known.size if known else self._first_size()
+            self.size = size or (known.size if known is not None else self._first_size())
         preprocess = self._preprocess(mean, std, before)
-        names = tuple(mask_classes) or (known.schema["mask"].classes if known and "mask" in known.schema else ())
+        masks_before = known.schema.get("mask") if known is not None else None
+        names = tuple(mask_classes) or (masks_before.classes if masks_before else ())
         self.schema = self._schema_with(preprocess, names)
 
     def _preprocess(
@@ -367,7 +370,7 @@ class IdxImages(Images):
         if values is not None:
             classes = [str(number) for number in range(int(values.max(initial=0)) + 1)]
             held = labels_of_classes(values, classes, target_of(known), str(beside))
-        options["channels"] = options.get("channels") or (known.channels if known else 1)
+        options["channels"] = options.get("channels") or (known.channels if known is not None else 1)
         super().__init__(_Rows(self.pixels), held, str(path), **options)
         self.threads = self.threads and bool(self.augmentations.entries)
 

@@ -1,22 +1,34 @@
-"""Files and tables that a trained model is asked about: the datasets of training, without labels."""
+"""What a trained model is asked about, as batches: files, tables, columns, tensors, by the datasets of training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ..chance import ChanceKey
-from ..contracts import Batch, KeyedDataset
+from ..contracts import Batch, KeyedDataset, Schema
 from ..errors import BadSampleError, DataError
 from ..settings import check
 from .blobs import ListedFiles
 from .dataset import whole
-from .frames import ARROW, JSON_LINES, PARQUET, TABLE_SUFFIXES, Form, column_names, is_table, read_frame
+from .frames import (
+    ARROW,
+    JSON_LINES,
+    PARQUET,
+    TABLE_SUFFIXES,
+    Form,
+    Source,
+    column_names,
+    is_table,
+    read_frame,
+    with_types,
+)
 from .index import Listing, Names
 from .kinds import ENCODED, kind_of, table_of
 from .labels import LabelledData
@@ -46,6 +58,12 @@ class NamedFiles(ListedFiles):
         super().__init__(Listing(Path(), Names.of(map(str, paths)), none, none, (), Names.of([]), none))
 
 
+def held_by(dataset: KeyedDataset) -> Any:
+    """The dataset that reads the samples of this one, which may be a part of it, or a stream."""
+    held = whole(dataset)
+    return getattr(held, "reader", held)
+
+
 def input_batches(
     paths: Sequence[Path], like: KeyedDataset, settings: DataSettings | None, batch_size: int
 ) -> Iterator[InputBatch]:
@@ -53,16 +71,14 @@ def input_batches(
 
     Raises:  DataError for a path that is not there, or of a kind that the training data are not
     """
-    held = whole(like)
-    held = getattr(held, "reader", held)
-    settings = settings or check(DataSettings, {"train": ""}, "predict")
-    form = settings.form
+    held = held_by(like)
+    form = (settings or check(DataSettings, {"train": ""}, "predict")).form
     waiting: list[Path] = []
     for path in list(_expanded(paths, held)):  # all of them are looked for before the first is read
         if _holds_rows(path, held, form):
             yield from _file_batches(waiting, held, batch_size)
             waiting = []
-            yield from _table_batches(path, held, settings, batch_size)
+            yield from _table_batches(path, held, _form_of(path, form), batch_size)
         else:
             waiting.append(path)
     yield from _file_batches(waiting, held, batch_size)
@@ -113,18 +129,19 @@ def _file_batches(paths: list[Path], held: Any, batch_size: int) -> Iterator[Inp
     yield from _read(made(source, None, "inputs", like=held), batch_size)
 
 
-def _table_batches(path: Path, held: Any, settings: DataSettings, batch_size: int) -> Iterator[InputBatch]:
-    form = _form_of(path, settings.form)
+def _table_batches(source: Source, held: Any, form: Form, batch_size: int) -> Iterator[InputBatch]:
+    where = str(source) if isinstance(source, str | Path) else ""
     if isinstance(held, Table):
-        yield from _encoded(path, held, form, batch_size)
+        yield from _encoded(source, held, form, batch_size, where)
         return
-    named, column = column_names(path, form), getattr(held, "input_column", "")
+    named = column_names(Path(source), form) if isinstance(source, str | Path) else source.column_names
+    column = getattr(held, "input_column", "")
     if column not in named:
         raise DataError(
-            "this model does not take this table", where=path, got=f"columns {', '.join(named[:20])}",
+            "this model does not take this table", where=where, got=f"columns {', '.join(named[:20])}",
             expected=f"a column {column!r}, as in training" if column else _AS_IN_TRAINING,
         )  # fmt: skip
-    yield from _read(table_of(kind_of(held), path, column, None, form=form, like=held), batch_size, str(path))
+    yield from _read(table_of(kind_of(held), source, column, None, form=form, like=held), batch_size, where)
 
 
 def _form_of(path: Path, form: Form) -> Form:
@@ -132,13 +149,66 @@ def _form_of(path: Path, form: Form) -> Form:
     return Form(text=form.text) if path.suffix.lower() in (*PARQUET, *ARROW, *JSON_LINES) else form
 
 
-def _encoded(path: Path, held: Table, form: Form, batch_size: int) -> Iterator[InputBatch]:
-    columns = encode_inputs(read_frame(path, replace(form, words=held.encoding.words)), held.encoding, str(path))
+def _encoded(source: Source, held: Table, form: Form, batch_size: int, where: str) -> Iterator[InputBatch]:
+    form = replace(form, words=held.encoding.words)
+    frame = read_frame(source, form)
+    if not where:  # a caller's columns: a date may be a text, as in a CSV
+        frame = with_types(frame, form)
+    columns = encode_inputs(frame, held.encoding, where or "columns")
+    yield from _slices(columns, batch_size, f"{where}, row " if where else "row ")
+
+
+def _slices(columns: Mapping[str, Any], batch_size: int, what: str) -> Iterator[InputBatch]:
     total = len(next(iter(columns.values())))
     for start in range(0, total, batch_size):
         stop = min(start + batch_size, total)
         batch: Batch = {name: values[start:stop] for name, values in columns.items()}
-        yield InputBatch([f"{path}, row {row}" for row in range(start, stop)], _indexed(batch, stop - start), {})
+        yield InputBatch([f"{what}{row}" for row in range(start, stop)], _indexed(batch, stop - start), {})
+
+
+def column_batches(columns: Mapping[str, Any], like: KeyedDataset, batch_size: int) -> Iterator[InputBatch]:
+    """Batches of a table's columns that a program holds: lists or arrays by name, (N,) each.
+
+    Raises:  DataError for columns that make no table, or not one that the training data are like
+    """
+    try:
+        frame = pa.table(dict(columns))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(
+            "these columns make no table", where=", ".join(map(str, columns))[:200], got=str(error)[:200],
+            expected="lists or arrays of one length, each of one type",
+        ) from None  # fmt: skip
+    yield from _table_batches(frame, held_by(like), Form(), batch_size)
+
+
+def tensor_batches(tensors: Mapping[str, Any], schema: Schema, batch_size: int) -> Iterator[InputBatch]:
+    """Batches of a model's inputs themselves: tensors or arrays by name, called by their numbers.
+
+    Shapes:  (N, …) each
+    Raises:  DataError where they are not as many, or have other axes than a batch of the training data
+    """
+    held = {name: _as_tensor(name, given) for name, given in tensors.items()}
+    for name, tensor in held.items():
+        shape = schema[name].shape if name in schema else None
+        if not tensor.ndim or (shape is not None and tensor.ndim != 1 + len(shape)):
+            raise DataError(
+                "an input has other axes than in training", where=name, got=f"shape {tuple(tensor.shape)}",
+                expected=f"(N, {', '.join(str(size or '…') for size in shape or ('…',))})",
+            )  # fmt: skip
+    if len({len(tensor) for tensor in held.values()}) != 1:
+        got = ", ".join(f"{name}: {len(tensor):,}" for name, tensor in held.items()) or "none"
+        raise DataError("these inputs are not as many", where="inputs", got=got, expected="one length")
+    yield from _slices(held, batch_size, "")
+
+
+def _as_tensor(name: str, given: Any) -> torch.Tensor:
+    is_locked = isinstance(given, np.ndarray) and not given.flags.writeable  # torch would warn of it
+    try:
+        return torch.as_tensor(given.copy() if is_locked else given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            "an input is no array of numbers", where=name, got=str(error)[:200], expected="a tensor or an array"
+        ) from None
 
 
 def _read(made: Any, batch_size: int, where: str = "") -> Iterator[InputBatch]:

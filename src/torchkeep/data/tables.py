@@ -47,6 +47,8 @@ Task = Literal["auto", "classification", "regression"]
 _MAX_INTEGER_CLASSES = 50
 _DAY_US = 86_400_000_000
 _CYCLES = {"year": 365.2425, "week": 7.0, "day": 1.0}  # in days
+PARTS = ("value", "missing", "days", *(f"{cycle} {wave}" for cycle in _CYCLES for wave in ("sin", "cos")))
+"""What a ``NumberFeature`` may be of its column."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Table(Columns):
         self._unused = {*drop, *([id] if id else [])}
         self._forced, self._id = set(categories), id
         trained = None if isinstance(like, TableEncoding) else whole_of(like, Table, "a table", self.where)
-        known: Any = trained.encoding if trained else like
+        known: Any = trained.encoding if trained is not None else like
         self._frame = frame = read_frame(source, replace(form or Form(), words=known.words if known else ()))
         self.rows = np.arange(frame.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
         for setting, names in (("drop", drop), ("categories", categories)) if known is None else ():
@@ -148,6 +150,17 @@ class Table(Columns):
         check_filled(chosen[target], f"{self.where}: column {target!r}", "target", self.rows)
         self._target = target
         self._encode(chosen, known or _learn(chosen, target, task, self._unused, self._forced, self.where))
+
+    @classmethod
+    def without_rows(cls, encoding: TableEncoding, where: str) -> Table:
+        """A table that only says how others are encoded: for ``like``, where the training rows are not at hand."""
+        made = cls.__new__(cls)
+        names = {*(feature.column for feature in encoding.features), *encoding.categories, encoding.target}
+        made._frame = pa.table({name: pa.nulls(0) for name in sorted(names)})
+        made.where, made.rows, made._id, made._target = where, np.empty(0, np.int64), None, encoding.target
+        made._unused, made._forced = set(), set()
+        made._encode(made._frame, encoding)
+        return made
 
     def _encode(self, chosen: Frame, known: TableEncoding) -> None:
         self.encoding, self.schema = known, _schema_of(known)

@@ -180,7 +180,7 @@ class Texts(LabelledData):
         self.augmentations = TextAugmentations(tuple(augment))
         self.source = self._held = source
         self._labels, self.where = labels, where
-        self.max_length = max_length or (known.max_length if known else MAX_LENGTH)
+        self.max_length = max_length or (known.max_length if known is not None else MAX_LENGTH)
         if known is not None and tokenizer in (None, known.tokenizer.name):  # words of these texts would be other words
             tokenizer = known.tokenizer
         self.learns = tokenizer in (None, "words")

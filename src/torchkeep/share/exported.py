@@ -1,20 +1,15 @@
-"""A model without its class: the graph of its operations as JSON, written from torch.export, and what runs it.
-
-Nothing in a graph is code: its operations are looked up in one table, its arguments are JSON, and all of it is checked
-before the first operation runs. Neither torch.export.load nor pickle has a part in it.
-"""
+"""Writes a model as a graph of allowed operations, which ``graph.py`` runs without its class."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,96 +20,10 @@ from ..contracts import Json, TensorTree
 from ..data.generators import kept_generators
 from ..errors import ModelError
 from ..model.freeze import evaluating
-from .operations import ITEM, NAMES, SIZE_MATHS, Argument, Operation, find_operation
+from .graph import DTYPE, DTYPES, FLOAT, FORMAT, INPUT, LEAF, MAX_TEXT, NODE, TENSOR, from_tree
+from .operations import ITEM, NAMES, SIZE_MATHS, Operation, find_operation
 
-_MAX_NODES = 200_000
-_MAX_DEPTH = 32
-_MAX_TEXT = 200
-_MAX_ELEMENTS = 1 << 31  # of one tensor, whatever the inputs
-_LEAST_ELEMENTS = 1 << 26  # that a graph may always use
-_GROWTH = 1 << 12  # elements for each one of the inputs and parameters: attention has heads × tokens
-_MAX_SHAPES = 4096
-_LEAF, _NODE, _INPUT, _TENSOR = "$leaf", "$node", "$input", "$tensor"
-_DTYPE, _FORMAT, _FLOAT = "$dtype", "$memory_format", "$float"
-_DTYPES = {
-    str(kind).removeprefix("torch."): kind
-    for kind in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-        torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
-_FORMATS = {
-    str(kind).removeprefix("torch."): kind
-    for kind in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
-}
-_FLOATS = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
-_HOW = "give its source with code = \"…\", or use a model that is known by name"
-
-# --- trees of arguments and results
-
-
-def _to_tree(value: Any, leaves: list[Any], where: str) -> Json:
-    """The structure of a value as JSON; its tensors go to ``leaves``."""
-    if isinstance(value, Tensor | torch.SymInt):
-        leaves.append(value)
-        return {_LEAF: len(leaves) - 1}
-    if value is None or type(value) in (bool, int, str) or (type(value) is float and value - value == 0):
-        return value
-    if isinstance(value, tuple | list):
-        name = "list" if isinstance(value, list) else "tuple"
-        return {name: [_to_tree(item, leaves, where) for item in value]}
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):  # a ModelOutput too
-        return {"dict": {key: _to_tree(item, leaves, where) for key, item in value.items()}}
-    if is_dataclass(value):
-        return {"dict": {row.name: _to_tree(getattr(value, row.name), leaves, where) for row in fields(value)}}
-    raise ModelError(
-        "a graph cannot hold this", where=f"the model's {where}", got=type(value).__name__,
-        expected="tensors, numbers and text in tuples, lists and dicts with text for keys", fix=_HOW,
-    )  # fmt: skip
-
-
-def _from_tree(tree: Json, leaves: Sequence[Any]) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    ((name, inner),) = tree.items()
-    if name == _LEAF:
-        return leaves[inner]
-    if name == "dict":
-        return {key: _from_tree(item, leaves) for key, item in inner.items()}
-    items = [_from_tree(item, leaves) for item in inner]
-    return tuple(items) if name == "tuple" else items
-
-
-def _check_tree(tree: Json, num_leaves: int, depth: int = 0) -> None:
-    """Raises:  ValueError for what ``_to_tree`` does not make"""
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"a nesting beyond {_MAX_DEPTH} levels")
-    if not isinstance(tree, dict):
-        return _refuse(not (tree is None or type(tree) in (bool, int, float, str)), tree)
-    _refuse(len(tree) != 1, tree)
-    ((name, inner),) = tree.items()
-    if name == _LEAF:
-        return _refuse(type(inner) is not int or not 0 <= inner < num_leaves, tree)
-    _refuse(name not in ("dict", "tuple", "list") or isinstance(inner, dict) != (name == "dict"), tree)
-    _refuse(not isinstance(inner, dict | list), tree)
-    for item in inner.values() if isinstance(inner, dict) else inner:
-        _check_tree(item, num_leaves, depth + 1)
-    return None
-
-
-def _refuse(is_wrong: bool, value: object) -> None:
-    if is_wrong:
-        raise ValueError(_short(value))
-
-
-def _short(value: object) -> str:
-    try:
-        return repr(value)[:_MAX_TEXT]
-    except RecursionError:
-        return "something nested too deeply"
-
-
-# --- writing
+_HOW = 'give its source with code = "…", or use a model that is known by name'
 
 
 def export_graph(
@@ -157,7 +66,7 @@ class _Traced(nn.Module):
         self.output: Json = None
 
     def call(self, *leaves: Any) -> Any:
-        given = {row["name"]: _from_tree(row["value"], leaves) for row in self.inputs}
+        given = {row["name"]: from_tree(row["value"], leaves) for row in self.inputs}
         args = list(given.values())[: self.positional]
         return self.model(*args, **dict(list(given.items())[self.positional :]), **self.unasked)
 
@@ -176,7 +85,9 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
-        several = {f"{name}_{i}": item for i, item in enumerate(value)} if kind is inspect.Parameter.VAR_POSITIONAL else {}
+        several = (
+            {f"{name}_{i}": item for i, item in enumerate(value)} if kind is inspect.Parameter.VAR_POSITIONAL else {}
+        )
         named |= value if kind is inspect.Parameter.VAR_KEYWORD else several or {name: value}
     leaves: list[Any] = []
     inputs = [{"name": name, "value": _to_tree(value, leaves, "input")} for name, value in named.items()]
@@ -197,18 +108,19 @@ _LENGTH = re.compile(r"length = Dim\('length'(?:, min=(\d+))?(?:, max=(\d+))?\)"
 
 
 def _written(traced: _Traced, example: list[Tensor], dynamic_batch: bool) -> tuple[Json, TensorTree]:
-    """The graph with as many sizes free as the model's code allows; the reason of the last attempt where there is none."""
+    """The graph with as many sizes free as the model's code allows; else the last attempt's reason."""
     batch, length = _free_axes(example)
     tries = [(length, False)] * (length != batch) + [(batch, False), (batch, True)] if dynamic_batch else []
     reason: Exception | None = None
-    for axes, strict in [*tries, ([{} for _ in example], False)]:
+    none: _Axes = [{} for _ in example]
+    for axes, strict in [*tries, (none, False)]:
         try:
             return _attempt(traced, example, axes, strict)
         except Exception as error:  # torch.export raises what it likes
             reason = error
     raise ModelError(
         "this model cannot be written as a graph", where=type(traced.model).__name__,
-        got=next(iter(str(reason).strip().splitlines()), type(reason).__name__)[:_MAX_TEXT],
+        got=next(iter(str(reason).strip().splitlines()), type(reason).__name__)[:MAX_TEXT],
         expected="operations on tensors whose order depends on no value, without chance and without memory", fix=_HOW,
     ) from reason  # fmt: skip
 
@@ -261,10 +173,13 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     for node in [node for node in order if node.op == "call_function" and _changes_something(node)]:
         twin = _twin(node, order)
         if twin is None:
-            return program.run_decompositions({})
-        source = node.args[0]
+            decomposed: ExportedProgram = program.run_decompositions({})  # untyped
+            return decomposed
+        source = cast("Node", node.args[0])
         node.target = twin
-        source.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
+        later = [user for user in source.users if order[user] > order[node]]
+        for user in later:
+            user.replace_input_with(source, node)
     return program
 
 
@@ -274,9 +189,9 @@ def _changes_something(node: Node) -> bool:
 
 def _twin(node: Node, order: dict[Node, int]) -> Callable[..., Any] | None:
     """The operation with a result of its own, where it means the same."""
-    name, source = str(node.target), node.args[0]
+    name, source = str(node.target), cast("Node", node.args[0])
     twin = name.replace("_.", ".")
-    is_known = twin != name and twin in NAMES and isinstance(source, Node) and source.op == "call_function"
+    is_known = twin != name and twin in NAMES and source.op == "call_function"
     if not is_known or not _is_fresh(source):
         return None
     seen_before = [user for user in source.users if order[user] < order[node]]
@@ -286,11 +201,7 @@ def _twin(node: Node, order: dict[Node, int]) -> Callable[..., Any] | None:
 
 
 def _is_fresh(node: Node) -> bool:
-    """Whether what a node gives shares no memory with what it takes."""
-    schema = getattr(node.target, "_schema", None)
-    return (
-        schema is not None and str(node.target) not in _SAME and not any(row.alias_info for row in schema.returns)
-    )
+    return str(node.target) in NAMES and find_operation(str(node.target)).is_fresh
 
 
 # what is its first argument, in evaluation or by nature
@@ -300,7 +211,7 @@ _SAME = {
     "aten.alias.default",
 }  # fmt: skip
 _NORM = "aten._native_batch_norm_legit_no_training.default"
-_SIZES = {function: name for name, function in SIZE_MATHS.items()}
+_SIZES: dict[Any, str] = {function: name for name, function in SIZE_MATHS.items()}
 
 
 class _Writer:
@@ -348,11 +259,11 @@ class _Writer:
         placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
         for node, row in zip(placeholders, program.graph_signature.input_specs, strict=True):
             if row.kind.name == "USER_INPUT":
-                self._kept[node] = {_INPUT: count}
+                self._kept[node] = {INPUT: count}
                 count += 1
             elif row.kind.name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
                 value = program.state_dict.get(row.target, program.constants.get(row.target))
-                self._kept[node] = {_TENSOR: self._store(row.target.removeprefix("model."), value)}
+                self._kept[node] = {TENSOR: self._store(row.target.removeprefix("model."), value)}
 
     def _outputs(self) -> list[tuple[Any, Any]]:
         (output,) = (node for node in self._program.graph.nodes if node.op == "output")
@@ -367,7 +278,7 @@ class _Writer:
 
     def _row(self, node: Node) -> Json:
         """What stands for the node in the others' arguments: a reference to its row, or to another's."""
-        name, args, kwargs = str(node.target), list(node.args), dict(node.kwargs)
+        name, args, kwargs = str(node.target), list[Any](node.args), dict(node.kwargs)
         if name in _SAME and True not in args[1:]:
             return self._encode(args[0])
         if name == _NORM:  # it has no gradient
@@ -384,17 +295,19 @@ class _Writer:
             name, args, kwargs = "aten.to.dtype", [args[0], kind], {}
         name = _SIZES.get(node.target, name)
         self._nodes.append({"op": name, **self._call(find_operation(name), args, kwargs)})
-        return {_NODE: len(self._nodes) - 1}
+        return {NODE: len(self._nodes) - 1}
 
     def _call(self, operation: Operation, args: list[Any], kwargs: dict[str, Any]) -> Json:
         positional = operation.positional
-        given = dict(zip((row.name for row in positional), args, strict=False)) if operation.name[0] == "a" else {}
-        given |= {row.name: kwargs[row.name] for row in operation.arguments if row.name in kwargs}
-        if given:
-            last = max((i for i, row in enumerate(positional) if row.name in given), default=-1)
-            args = [given.get(row.name, row.default) for row in positional[: last + 1]]
-        named = {row.name: given[row.name] for row in operation.arguments if row.is_keyword and row.name in given}
-        named = {name: self._encode(value) for name, value in named.items() if value is not None}
+        given = dict(zip((row.name for row in positional), args, strict=False)) | kwargs
+        last = max((i for i, row in enumerate(positional) if row.name in given), default=-1)
+        args = [given.get(row.name, row.default) for row in positional[: last + 1]]
+        keywords = [row for row in operation.arguments if row.is_keyword and row.name in given]
+        named = {
+            row.name: self._encode(given[row.name])
+            for row in keywords
+            if row.is_required or given[row.name] is not None
+        }
         encoded = [self._encode(value) for value in args]
         for i, row in enumerate(positional[: len(encoded)]):
             if row.is_list and encoded[i] is not None and not isinstance(encoded[i], list):
@@ -407,11 +320,11 @@ class _Writer:
         if isinstance(value, list | tuple):
             return [self._encode(item) for item in value]
         if isinstance(value, torch.dtype):
-            return {_DTYPE: _name_of(value)}
+            return {DTYPE: _name_of(value)}
         if isinstance(value, torch.memory_format):
-            return {_FORMAT: str(value).removeprefix("torch.")}
+            return {FORMAT: str(value).removeprefix("torch.")}
         if isinstance(value, float) and value - value != 0:
-            return {_FLOAT: repr(value)}
+            return {FLOAT: repr(value)}
         if value is None or type(value) in (bool, int, float, str):
             return value
         raise ModelError("a graph cannot hold this argument", where="an operation", got=type(value).__name__)
@@ -419,26 +332,26 @@ class _Writer:
 
 def _name_of(kind: torch.dtype) -> str:
     name = str(kind).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ModelError("a graph has no such type", where="dtype", got=name, expected=", ".join(_DTYPES))
+    if name not in DTYPES:
+        raise ModelError("a graph has no such type", where="dtype", got=name, expected=", ".join(DTYPES))
     return name
 
 
-# --- reading and running
-
-
-@dataclass
-class _Plan:
-    """What a checked graph does: steps over slots, which hold a device, the inputs, the tensors, results, constants."""
-
-    names: list[str]
-    positional: int
-    trees: list[Json]
-    leaves: list[Json]
-    axes: dict[str, list[Any]]
-    steps: list[tuple[Callable[..., Any], Callable[[list[Any]], Any], int, tuple[int, ...]]] = field(default_factory=list)
-    first_node: int = 0
-    num_nodes: int = 0
-    constants: list[Any] = field(default_factory=list)
-    outputs: list[int] = field(default_factory=list)
-    output: Json = None
+def _to_tree(value: Any, leaves: list[Any], where: str) -> Json:
+    """The structure of a value as JSON; its tensors go to ``leaves``."""
+    if isinstance(value, Tensor | torch.SymInt):
+        leaves.append(value)
+        return {LEAF: len(leaves) - 1}
+    if value is None or type(value) in (bool, int, str) or (type(value) is float and value - value == 0):
+        return value
+    if isinstance(value, tuple | list):
+        name = "list" if isinstance(value, list) else "tuple"
+        return {name: [_to_tree(item, leaves, where) for item in value]}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):  # a ModelOutput too
+        return {"dict": {key: _to_tree(item, leaves, where) for key, item in value.items()}}
+    if is_dataclass(value):
+        return {"dict": {row.name: _to_tree(getattr(value, row.name), leaves, where) for row in fields(value)}}
+    raise ModelError(
+        "a graph cannot hold this", where=f"the model's {where}", got=type(value).__name__,
+        expected="tensors, numbers and text in tuples, lists and dicts with text for keys", fix=_HOW,
+    )  # fmt: skip

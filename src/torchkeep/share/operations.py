@@ -68,6 +68,16 @@ arange.default arange.start arange.start_step eye.default eye.m full.default ful
 new_full.default new_ones.default new_zeros.default ones.default ones_like.default scalar_tensor.default
 zeros.default zeros_like.default
 """
+# beside all that is done number by number: what never gives back a view of what it took
+_FRESH = """
+addmm.default baddbmm.default batch_norm.default bmm.default conv1d.default conv1d.padding conv2d.default conv2d.padding
+conv3d.default conv3d.padding group_norm.default layer_norm.default linear.default mm.default full.default
+full_like.default ones.default ones_like.default zeros.default zeros_like.default
+"""
+_IN_PLACE = """
+elu.default gelu.default hardsigmoid.default hardswish.default hardtanh.default leaky_relu.default relu.default
+silu.default
+"""
 _TYPES_OF_A_CALL = ("Layout", "Device", "Generator")  # never in a file: the interpreter chooses them
 _INT_BOUND = 1 << 63
 
@@ -88,13 +98,18 @@ class Argument:
 
 @dataclass(frozen=True)
 class Operation:
-    """What a name means: the function, its arguments, what it gives, and whether it must be told a device."""
+    """What a name means: the function, its arguments, what it gives, and whether it must be told a device.
+
+    ``is_fresh``: its result shares memory with nothing. ``in_place`` does the same to its first argument.
+    """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Argument, ...]
     gives: Gives
     is_placed: bool = False
+    is_fresh: bool = False
+    in_place: Callable[..., Any] | None = None
 
     @property
     def positional(self) -> tuple[Argument, ...]:
@@ -137,8 +152,8 @@ def _found(name: str) -> Operation:
     if name == ITEM:
         return Operation(name, operator.getitem, (Argument("values", "tensors"), Argument("index", "int")), "tensor")
     if name in SIZE_MATHS:
-        count = 1 if name == "int.neg" else 2
-        return Operation(name, _bounded(SIZE_MATHS[name]), (Argument("size", "int"),) * count, "int")
+        sizes = (Argument("size", "int"), Argument("other", "int"))[: 1 if name == "int.neg" else 2]
+        return Operation(name, _bounded(SIZE_MATHS[name]), sizes, "int")
     _, packet, overload = name.split(".")
     function = getattr(getattr(torch.ops.aten, packet), overload)
     rows = function._schema.arguments
@@ -147,7 +162,10 @@ def _found(name: str) -> Operation:
     is_placed = has_device and not any(argument.kind == "Tensor" for argument in arguments)
     returns = [str(row.real_type) for row in function._schema.returns]
     gives: Gives = "tensor" if returns == ["Tensor"] else "int" if returns == ["int"] else "tensors"
-    return Operation(name, function, arguments, gives, is_placed)
+    is_fresh = torch.Tag.pointwise in function.tags or f"{packet}.{overload}" in _FRESH.split()
+    is_both = f"{packet}.{overload}" in _IN_PLACE.split()
+    in_place = getattr(getattr(torch.ops.aten, f"{packet}_"), overload) if is_both else None
+    return Operation(name, function, arguments, gives, is_placed, is_fresh, in_place)
 
 
 def _left_out(row: Any) -> tuple[str, ...]:

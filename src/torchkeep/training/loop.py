@@ -114,6 +114,7 @@ class Training:
         self._watch_every = self.log_every * -(-_READ_EVERY // self.log_every)
         self._plan_log_points()
         self._last_indices: list[Tensor] = []
+        self._tags: dict[str, str] = {}
         self._trained_s, self._trained_samples, self._trained_steps = 0.0, 0, 0
         every = settings.checkpoint.every
         self._save_steps = every if isinstance(every, int) else None
@@ -310,7 +311,11 @@ class Training:
         self._epoch_loss += point.loss_sum
         self._epoch_samples += point.samples
         values = {"train/loss": point.loss_sum / point.samples, **point.rates}
-        values |= {f"train/{name}": sum(read) / len(read) for name, read in point.extras.items()}
+        if point.extras:
+            tags = self._tags
+            for name in point.extras.keys() - tags.keys():
+                tags[name] = f"train/{name}"
+            values.update(zip(map(tags.__getitem__, point.extras), point.extras.values(), strict=True))
         self.metrics["train/loss"] = values["train/loss"]
         self.recorder.log("scalars", **point.clock, values=values)
         if self.watching is not None:

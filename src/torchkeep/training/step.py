@@ -22,6 +22,8 @@ from .movement import Movement
 from .objective import Objective, prediction_of
 from .optim import Average, Optimizers
 
+_NOT_LOGGED = frozenset(("loss", "output", "target"))
+
 UserStep = Callable[[nn.Module, Batch, "Context"], Any]
 
 
@@ -236,12 +238,15 @@ def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
             "a step gives its loss", where="step", got=_answer_text(logged),
             expected='{"loss": a tensor of one number, anything to log}',
         )  # fmt: skip
-    kept = ("loss", "output", "target")
-    extras = {
-        name: value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
-        for name, value in logged.items()
-        if name not in kept and (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1))
-    }
+    extras: dict[str, Tensor | float] = {}
+    for name, value in logged.items():
+        if name in _NOT_LOGGED:
+            continue
+        if isinstance(value, Tensor):
+            if value.numel() == 1:  # most are plain already: each call that is left out counts with 20 of them a step
+                extras[name] = value.detach().reshape(()) if value.requires_grad or value.ndim else value
+        elif isinstance(value, (int, float)):
+            extras[name] = float(value)
     return loss.reshape(()), extras
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ Clock = dict[str, int]
 
 @dataclass
 class LogPoint:
-    """What belongs together: the steps up to here since the log point before."""
+    """What belongs together: the steps up to here since the log point before. ``extras`` are means over those."""
 
     clock: Clock
     rates: dict[str, float]
     loss_sum: float = 0.0
     samples: int = 0
-    extras: dict[str, list[float]] = field(default_factory=dict)
+    extras: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,11 +74,21 @@ class Window:
         losses, extras = sent.numbers()
         closed, begin = [], 0
         for end, clock, rates in sent.marks:
-            self._take(sent.results[begin:end], losses[begin:end], extras[begin:end])
-            total = sum(v * n for v, n in zip(self.values, self.counts, strict=True))
-            closed.append(LogPoint(clock, rates, total, sum(self.counts), self.extras))
-            self.values, self.counts, self.extras, begin = [], [], {}, end
+            if end == begin + 1 and not self.values:  # a log point each step: what it has logged is its mean
+                samples = sent.results[begin].samples
+                closed.append(LogPoint(clock, rates, losses[begin] * samples, samples, extras[begin]))
+            else:
+                self._take(sent.results[begin:end], losses[begin:end], extras[begin:end])
+                closed.append(self._close(clock, rates))
+            begin = end
         self._take(sent.results[begin:], losses[begin:], extras[begin:])
+        return closed
+
+    def _close(self, clock: Clock, rates: dict[str, float]) -> LogPoint:
+        total = sum(v * n for v, n in zip(self.values, self.counts, strict=True))
+        means = {name: sum(values) / len(values) for name, values in self.extras.items()}
+        closed = LogPoint(clock, rates, total, sum(self.counts), means)
+        self.values, self.counts, self.extras = [], [], {}
         return closed
 
     def _take(self, results: list[StepResult], losses: list[float], extras: list[dict[str, float]]) -> None:
@@ -104,8 +115,11 @@ class _Sent:
         self.results, self.marks = results, marks
         self._indices, self._step = indices, step
         numbers = [result.loss for result in results]
+        self._counts = []
         for result in results:
-            numbers += [value for value in (result.extras or {}).values() if isinstance(value, Tensor)]
+            tensors = [value for value in result.extras.values() if isinstance(value, Tensor)] if result.extras else []
+            numbers += tensors
+            self._counts.append(len(tensors))
         self._host, self._event = _send(numbers)
 
     def is_here(self) -> bool:
@@ -124,19 +138,26 @@ class _Sent:
             if not math.isfinite(value):
                 bad = self._step - len(losses) + number + 1
                 raise _non_finite(value, bad, self._indices[number])
-        rest = iter(found[len(losses) :])
-        extras = [
-            {name: next(rest) if isinstance(value, Tensor) else value for name, value in (result.extras or {}).items()}
-            for result in self.results
-        ]
+        extras, place = [], len(losses)
+        for result, count in zip(self.results, self._counts, strict=True):
+            extras.append(_read(result.extras or {}, found[place : place + count]))
+            place += count
         return losses, extras
+
+
+def _read(extras: dict[str, Tensor | float], numbers: list[float]) -> dict[str, float]:
+    """What a step has logged, with the numbers that came from the device in place of its tensors."""
+    if len(numbers) == len(extras):
+        return dict(zip(extras, numbers, strict=True))
+    rest = iter(numbers)
+    return {name: next(rest) if isinstance(value, Tensor) else value for name, value in extras.items()}
 
 
 def _send(numbers: list[Tensor]) -> tuple[Tensor, Any]:
     """One vector of all numbers on the host, and what tells when it is there: None where it is already."""
     if not numbers:
         return torch.empty(0), None
-    kinds = {number.dtype for number in numbers}
+    kinds = set(map(_dtype_of, numbers))
     if len(kinds) > 1 or not numbers[0].is_floating_point():
         wide = torch.float32 if numbers[0].device.type == "mps" else torch.float64
         numbers = [number.to(numbers[0].device, wide) for number in numbers]
@@ -148,6 +169,9 @@ def _send(numbers: list[Tensor]) -> tuple[Tensor, Any]:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return host, event
+
+
+_dtype_of = attrgetter("dtype")
 
 
 def samples_text(indices: list[Tensor]) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 
 from ..contracts import Json
 
-_EXPLODED = 100.0  # times the median of the norms before: one in a thousand is beyond it in healthy runs of transformers
+_EXPLODED = (
+    100.0  # times the median of the norms before: one in a thousand is beyond it in healthy runs of transformers
+)
 _HUGE_NORM = 1e6
 _VANISHED = 1e-7  # of the first norms, while the loss is still high
 _ENOUGH = 20
@@ -132,7 +134,9 @@ class Alerts:
         worst = {name: part for name, part in fractions.items() if part > _DEAD}
         names = ", ".join(f"{name} {part:.0%}" for name, part in sorted(worst.items(), key=lambda row: -row[1])[:5])
         text = f"units answer no sample of a batch: {names}"
-        return self._told("dead units", bool(worst), text, "a lower optimizer.learning_rate, a warm-up or normalisation")
+        return self._told(
+            "dead units", bool(worst), text, "a lower optimizer.learning_rate, a warm-up or normalisation"
+        )
 
     def _told(self, name: str, is_so: bool, text: str, fix: str) -> list[Alert]:
         alert = self._say(name, is_so, text, fix)

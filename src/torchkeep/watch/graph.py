@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from ..contracts import Json
 from ..tensors import to_json
@@ -20,7 +19,7 @@ from .following import borrowed, plain, tensors_in
 from .media import MediaStore
 
 _MOST_NODES = 20_000
-_NO_STEPS = frozenset(("aten::detach", "aten::alias", "aten::lift_fresh"))  # they hand on what they are given
+_NO_STEPS = frozenset(("detach", "contiguous", "requires_grad_", "to", "type_as"))  # they hand on what they are given
 
 
 @dataclass
@@ -95,11 +94,15 @@ class _Scopes:
         return "/".join([type(self._model).__name__, *name.split(".")] if name else [type(self._model).__name__])
 
 
-class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes each operation with where its tensors come from. Tensors are held, so that no number is given out twice."""
+class _Following(TorchFunctionMode):
+    """Notes each operation with where its tensors come from. Tensors are held, so that no number is given out twice.
+
+    What is followed are the calls of torch's functions, as the model's author wrote them; the operations within, which
+    a dispatch mode would see, are three times as many, and torch loads its compiler for them, a second of work.
+    """
 
     def __init__(self, scopes: _Scopes):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.nodes: dict[str, Node] = {}
         self._scopes = scopes
         self._from: dict[int, str] = {}
@@ -108,15 +111,18 @@ class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
         model = scopes._model
         self._owned = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [self._source(tensor) for tensor in tensors_in([args, kwargs or {}])]
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        op = func._schema.name
-        if op in _NO_STEPS and len(inputs) == 1:
-            self._hand_on(result, inputs[0])
+        op = getattr(func, "__name__", "operation")
+        made = list(tensors_in(args[0] if op == "__setitem__" else result))
+        if not made:
+            return result
+        inputs = [self._source(tensor) for tensor in tensors_in([args, kwargs or {}])]
+        if (op in _NO_STEPS or op == "__get__") and len(inputs) == 1:
+            self._hand_on(made, inputs[0])
         elif len(self.nodes) <= _MOST_NODES:
             scope = self._scopes.stack[-1] if self._scopes.stack else self._scopes.scope_of("")
-            self._hand_on(result, self._add(f"{scope}/{op.partition('::')[2]}", op, inputs, result))
+            self._hand_on(made, self._add(f"{scope}/{op.strip('_')}", op.strip("_"), inputs, made))
         return result
 
     def _source(self, tensor: Tensor) -> str:

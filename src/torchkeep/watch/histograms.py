@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -77,7 +78,8 @@ def rebinned(payload: Mapping[str, Json], num: int = 64) -> tuple[np.ndarray[Any
     counts = np.array(payload["counts"])
     reached = np.stack([np.cumsum(counts) - counts, np.cumsum(counts)], 1).ravel()
     if low == high:
-        low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
+        around = max(0.5, abs(low) / 2)
+        low, high = max(low - around, -sys.float_info.max), min(high + around, sys.float_info.max)
     limits = np.linspace(low / 2, high / 2, num + 1) * 2  # halved: their distance may be no float64
     below = np.rint(np.interp(limits, ends, reached))
     below[0], below[-1] = 0, counts.sum()
@@ -105,8 +107,10 @@ class _Counted:
         for group in _groups(flats, _GROUP.get(device.type, _GROUP_CPU)):
             x, places = self._in_rows(group)
             first, last = places[0], places[-1]
-            offsets = torch.tensor(places, device=device, dtype=torch.int32).sub_(first).mul_(_CELLS).add_(_CELLS // 2)
-            totals[first : last + 1] += _counts(x, offsets, last - first + 1)
+            offsets = torch.tensor(places, dtype=torch.int32).sub_(first).mul_(_CELLS).add_(_CELLS // 2)
+            if device.type == "cuda":  # from other memory a copy would wait for the device
+                offsets = offsets.pin_memory()
+            totals[first : last + 1] += _counts(x, offsets.to(device, non_blocking=True), last - first + 1)
             moments.append(_moments(x))
             rows += places
         self._rows = np.array(rows, np.int64)  # which distribution each row of the moments is of

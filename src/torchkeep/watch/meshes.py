@@ -45,7 +45,9 @@ def _wrong(where: str, got: object, expected: str) -> DataError:
 
 
 def _unbatched(values: Any, where: str) -> Any:
-    """Raises:  DataError where there are several"""
+    """Raises:  DataError where there are several, or none"""
+    if values.ndim == 0:
+        raise _wrong(where, f"the number {values}", "a row for each")
     if values.ndim == 3 and len(values) != 1:
         expected = "one mesh a call, such as vertices[0]: others would be drawn into it"
         raise _wrong(where, f"a batch of {len(values)}, shape {tuple(values.shape)}", expected)

@@ -62,7 +62,7 @@ def _thinned(values: Any, axis: int, most: int) -> tuple[Any, list[str]]:
     height, width = values.shape[axis : axis + 2]
     step = -(-max(height, width) // most)
     every = (*[slice(None)] * axis, slice(None, None, step), slice(None, None, step))
-    return (values[every], [f"each {step}th pixel of {width:,} × {height:,}"]) if step > 1 else (values, [])
+    return (values[every], [f"of {width:,} × {height:,} pixels one in {step} each way"]) if step > 1 else (values, [])
 
 
 def _is_channels_first(shape: tuple[int, ...]) -> bool:
@@ -95,9 +95,8 @@ def _grid(pictures: Array) -> Array:
 
 def _rgb(values: Array) -> tuple[Array, list[str]]:
     """Pictures (B, H, W, 3), or (B, H, W, 4) with their opacity, and what is to be said of them."""
-    if values.ndim == 2:
-        values = values[..., None]
-    values = values if values.ndim == 4 else values[None]
+    while values.ndim < 4:  # first C, then B
+        values = values[None]
     if _is_channels_first(values.shape[1:]):
         values = np.moveaxis(values, 1, -1)
     num = values.shape[-1]
@@ -357,7 +356,7 @@ def _shares(found: Array, is_given: bool) -> Array:
     """Probabilities (B, K)."""
     if is_given:
         return found
-    with np.errstate(invalid="ignore"):  # of infinite logits
+    with np.errstate(invalid="ignore", over="ignore"):  # of infinite logits
         powers = np.exp(found - found.max(1, keepdims=True).astype(np.float64))
     return np.asarray(powers / powers.sum(1, keepdims=True))
 
@@ -460,7 +459,7 @@ def _sheet(columns: dict[str, list[Array]], said: list[_Said], legend: dict[str,
         if has_words:
             _write_words(pen, left, y + height + 4, room, one)
             if one.is_right is False:
-                pen.rectangle((left, y, left + width - 1, y + height - 1), outline=_WRONG, width=3)
+                pen.rectangle((left - 3, y - 3, left + width + 2, y + height + 2), outline=_WRONG, width=3)
     for line, entries in enumerate(lines):
         for x, name, hue in entries:
             y = bottom + line * _LINE
@@ -518,7 +517,7 @@ def confusion_picture(classes: Sequence[str], counts: Sequence[Sequence[float]])
 
     cells = np.nan_to_num(Kept(numbers(counts, "confusion")).array().astype(np.float64)).clip(0)
     cells = cells if cells.size else np.zeros((0, 0))
-    num = len(cells)
+    num = cells.shape[0] if cells.ndim else 0
     if cells.shape != (num, num):
         raise _unlike("this is no confusion matrix", "confusion", cells.shape, "(K, K)")
     parts = cells / np.maximum(cells.sum(1, keepdims=True), 1e-300)

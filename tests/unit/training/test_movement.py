@@ -50,11 +50,17 @@ def test_what_lies_in_pieces_and_what_is_empty() -> None:
     with torch.no_grad():
         model.piece.mul_(2), model.scalar.mul_(2)
     found = movement.after(held)
-    assert {name: float(value) for name, value in found.items()} == {"update_ratio/piece": 1.0, "update_ratio/scalar": 1.0}
+    assert {name: float(value) for name, value in found.items()} == {
+        "update_ratio/piece": 1.0,
+        "update_ratio/scalar": 1.0,
+    }
     assert movement.after([]) == {}
 
 
 def test_many_layers_are_told_by_what_holds_them() -> None:
     model = nn.ModuleDict({"trunk": nn.Sequential(*[nn.Linear(2, 2) for _ in range(30)]), "head": nn.Linear(2, 2)})
     movement = Movement(model)
-    assert list(movement.after(movement.before(list(model.parameters())))) == ["update_ratio/trunk", "update_ratio/head"]
+    assert list(movement.after(movement.before(list(model.parameters())))) == [
+        "update_ratio/trunk",
+        "update_ratio/head",
+    ]

@@ -13,7 +13,9 @@ def gathered(output: Tensor, target: Tensor, batch: int = 7, most: int = 10) -> 
     seen = Seen(most, "x")
     for begin in range(0, len(output), batch):
         rows = slice(begin, begin + batch)
-        seen.add({"index": torch.arange(len(output))[rows], "x": torch.arange(len(output))[rows]}, output[rows], target[rows])
+        seen.add(
+            {"index": torch.arange(len(output))[rows], "x": torch.arange(len(output))[rows]}, output[rows], target[rows]
+        )
     return seen
 
 

@@ -61,7 +61,10 @@ def test_what_the_epochs_say() -> None:
     leaving = [row(1.0, 0.9), row(0.8, 0.95), row(0.6, 1.0), row(0.4, 1.1)]
     assert [a.name for a in Alerts().after_epoch(leaving, None)] == ["validation leaves training"]
     assert Alerts().after_epoch(leaving[:3], None) == []
-    assert Alerts().after_epoch([row(1 + r["metrics"]["valid/loss"], r["metrics"]["valid/loss"]) for r in leaving], None) == []
+    assert (
+        Alerts().after_epoch([row(1 + r["metrics"]["valid/loss"], r["metrics"]["valid/loss"]) for r in leaving], None)
+        == []
+    )
 
 
 def test_what_the_machine_says() -> None:

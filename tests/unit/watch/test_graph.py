@@ -43,11 +43,12 @@ class Body(nn.Module):
 def test_a_forward_is_followed_through_loops_dicts_and_calls_twice(tmp_path: Path) -> None:
     facts, nodes = drawn(model := Body(), lambda: model(torch.ones(3, 4), 1, extra={"a": 1}), tmp_path)
     assert facts["how"] == "followed", facts["note"]
-    assert [name for name in nodes if name.startswith("Body/first/addmm")] == ["Body/first/addmm", "Body/first/addmm_1"]
+    assert [name for name in nodes if name.startswith("Body/first/linear")] == [
+        "Body/first/linear", "Body/first/linear_1",
+    ]  # fmt: skip
+    assert nodes["Body/first/linear"]["inputs"] == ["Body/norm/batch_norm", "Body/first/weight", "Body/first/bias"]
     assert nodes["Body/first/weight"]["op"] == "parameter"
-    assert "Body/first/weight" in nodes[nodes["Body/first/addmm"]["inputs"][2]]["inputs"] or (
-        "Body/first/weight" in nodes["Body/first/addmm"]["inputs"]
-    )
+    assert nodes["Body/norm/batch_norm_1"]["inputs"][0] == "Body/relu"
     outputs = [node for node in nodes.values() if node["op"] == "output"]
     assert sorted(node["shapes"][0] for node in outputs) == [[3, 3], [3, 4]]
 
@@ -100,13 +101,13 @@ def test_models_of_transformers(name: str, tmp_path: Path) -> None:
     model = kind(kind.config_class(**sizes[name]))
     facts, nodes = drawn(model, lambda: model(input_ids=torch.ones(2, 5, dtype=torch.int64)), tmp_path)
     assert facts["how"] == "followed", facts["note"]
-    assert 20 < len(nodes) < 400
+    assert 20 < len(nodes) < 200
     assert any("layer" in name or "/h/" in name for name in nodes)
 
 
 def test_attention_takes_its_usual_way(tmp_path: Path) -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
-    facts, nodes = drawn(model, lambda: model(torch.randn(2, 3, 8)), tmp_path)
+    facts, _ = drawn(model, lambda: model(torch.randn(2, 3, 8)), tmp_path)
     assert facts["how"] == "followed", facts["note"]
 
 

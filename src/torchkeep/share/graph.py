@@ -87,15 +87,15 @@ class GraphModel(nn.Module):
     @property
     def forward(self) -> Callable[..., Any]:  # type: ignore[override]
         """The original model's call, under its names; a property, so that its signature is this graph's own."""
-        return _Call(self._call, self._plan.signature)
+        return _Call(self._call, self._plan)
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = self._plan.bound(args, kwargs)
+    def _call(self, plan: _Plan, *args: Any, **kwargs: Any) -> Any:
+        leaves = plan.bound(args, kwargs)
         held = [(inner or self).__dict__[kind][name] for inner, kind, name in self._held]
         if not torch.compiler.is_compiling():
             self._check_sizes(leaves, held)
         device = held[0].device if held else leaves[0].device
-        return self._plan.run([device, *leaves, *held])
+        return plan.run([device, *leaves, *held])
 
     def _check_sizes(self, leaves: list[Tensor], held: list[Tensor]) -> None:
         """Go through the shapes alone, once for each shape of inputs, before anything is computed or allocated."""
@@ -112,14 +112,13 @@ class GraphModel(nn.Module):
         self._fitting.add(shapes)
 
 
-class _Call:
-    """A function with the signature that it is given."""
+class _Call(functools.partial[Any]):
+    """A model's call, with the signature of its graph; torch.export knows partial functions."""
 
-    def __init__(self, function: Callable[..., Any], signature: inspect.Signature):
-        self._function, self.__signature__ = function, signature
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature: inspect.Signature = self.args[0].signature
+        return signature
 
 
 @dataclass(frozen=True)

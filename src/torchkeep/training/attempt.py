@@ -41,8 +41,8 @@ def attempt(
 ) -> None:  # fmt: skip
     """Train a prepared run to its end in its folder, whose lock is held.
 
-    ``began`` is when the command began, Unix s; ``base`` is where its code lies. An attempt that is not exact, since something has changed, is shown
-    apart where it takes steps again that were recorded before (law 9).
+    ``began`` is when the command began, Unix s; ``base`` is where its code lies. An attempt that is not exact, since
+    something has changed, is shown apart where it takes steps again that were recorded before (law 9).
 
     Raises:  Interrupted or PreemptedError after saving; RunFailedError, with the last good checkpoint standing
     """

@@ -7,6 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ..contracts import Json
@@ -98,7 +99,7 @@ class Alerts:
         has_tried = bool(history) and history[-1]["step"] >= _TRIED_STEPS
         stays = chance_loss is not None and has_tried and train[-1] >= _CHANCE * chance_loss
         last = valid[-_RISES - 1 :]
-        leaves = len(last) > _RISES and all(a < b for a, b in zip(last, last[1:], strict=False))
+        leaves = len(last) > _RISES and all(a < b for a, b in pairwise(last))
         leaves = leaves and train[-1] < train[-_RISES - 1]
         found = [
             self._say(

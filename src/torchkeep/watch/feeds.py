@@ -25,7 +25,7 @@ _MOST_LEFT_OUT = 100  # a view that takes nothing at all costs the training time
 _CLOSE_S = 30.0
 
 
-class Unreachable(OSError):
+class Unreachable(OSError):  # noqa: N818 - it says what the place is
     """Where a view sends to does not answer now: what it was given is given again later."""
 
 

@@ -155,7 +155,7 @@ class _Following(TorchFunctionMode):
 
 
 def _modules(model: nn.Module, order: list[str]) -> list[Node]:
-    """A node for each module that holds no other, joined in the order in which they ran, else as they are registered."""
+    """A node for each module that holds no other: joined in the order in which they ran, else as registered."""
     names = list(_leaves(model))
     ran = [name for name in dict.fromkeys(order) if name in names]
     before = ""

@@ -81,7 +81,7 @@ def test_log_points_are_of_their_steps_however_they_are_read(tmp_path: Path) -> 
 
 
 def test_a_resumed_run_keeps_its_periods_and_shows_no_graph_again(tmp_path: Path) -> None:
-    class Stop(Exception):
+    class Stop(Exception):  # noqa: N818
         pass
 
     class Breaks(nn.Module):

@@ -22,13 +22,17 @@ def healthy() -> dict[str, tuple[list[float], list[float]]]:
     draws = random.Random(0)
     steps = range(400)
     noise = [math.exp(draws.gauss(0, 0.5)) for _ in steps]
+
+    def noisy(norm: Any) -> list[float]:
+        return [max(1e-12, noise[s] * norm(s)) for s in steps]
+
     return {
-        "decay": ([2.3 * math.exp(-s / 80) for s in steps], [n * math.exp(-s / 200) for s, n in zip(steps, noise, strict=True)]),
-        "converged": ([2.3 * math.exp(-s / 10) for s in steps], [max(1e-12, n * math.exp(-s / 10)) for s, n in zip(steps, noise, strict=True)]),
-        "warm-up": ([2.3 - s / 300 for s in steps], [n * min(1, 0.01 + s / 100) * 3 for s, n in zip(steps, noise, strict=True)]),
-        "oscillating": ([1 + math.sin(s / 9) / 2 for s in steps], [n * (1.5 + math.sin(s / 5)) for s, n in zip(steps, noise, strict=True)]),
+        "decay": ([2.3 * math.exp(-s / 80) for s in steps], noisy(lambda s: math.exp(-s / 200))),
+        "converged": ([2.3 * math.exp(-s / 10) for s in steps], noisy(lambda s: math.exp(-s / 10))),
+        "warm-up": ([2.3 - s / 300 for s in steps], noisy(lambda s: 3 * min(1, 0.01 + s / 100))),
+        "oscillating": ([1 + math.sin(s / 9) / 2 for s in steps], noisy(lambda s: 1.5 + math.sin(s / 5))),
         "flat": ([0.7] * 400, noise),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", healthy())

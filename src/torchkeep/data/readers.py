@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field as Setting
 from torch import Tensor
 
-from ..chance import ChanceKey
-from ..contracts import Json, KeyedDataset, Sample, Schema
-from ..errors import DataError, PackageError, SettingsError, TorchkeepError
+from ..contracts import Json, KeyedDataset, Schema
+from ..errors import DataError, PackageError, SettingsError
 from ..packages import package_of
 from ..settings import S, Settings, check
 from ..tensors import parse_json, to_json
+from .arrays import Columns
 from .audio import MAX_SAMPLES, Clips
-from .dataset import KeyedData
 from .decode import MAX_PIXELS
 from .images import Images
 from .inputs import InputBatch, NamedFiles, column_batches, held_by, input_batches, tensor_batches
@@ -168,22 +168,6 @@ class _Written(Settings):
     tokenizer: _Tokenizer | None = None
 
 
-class NoSamples(KeyedData):
-    """A dataset of which only the schema is known."""
-
-    def __init__(self, schema: Schema):
-        self.schema, self.where = schema, _WHERE
-
-    def __len__(self) -> int:
-        return 0
-
-    def read(self, index: int, key: ChanceKey) -> Sample:
-        raise IndexError(f"sample {index} of none")
-
-    def fingerprint(self) -> str:
-        return ""
-
-
 def reader_from_json(data: Json, blobs: Mapping[str, bytes]) -> Reader:
     """The reader that ``reader_to_json`` wrote. Nothing that it names is opened or run.
 
@@ -191,21 +175,20 @@ def reader_from_json(data: Json, blobs: Mapping[str, bytes]) -> Reader:
     """
     written = _checked(_Written, data)
     schema, kind = written.held, written.kind
-    _check_schema(schema, kind)
+    _check_schema(schema)
     if set(written.settings) != set(_KEPT[kind]):
-        odd = ", ".join(sorted(set(written.settings) ^ set(_KEPT[kind])))
-        raise _refused("settings", f"{odd} missing, or too many", ", ".join(_KEPT[kind]) or "none")
+        raise _refused("settings", ", ".join(written.settings), ", ".join(_KEPT[kind]) or "none")
     if (written.encoding is None) == (kind == "table") or (written.tokenizer is None) == (kind == "text"):
         raise _refused("kind", f"{kind!r}", "an encoding for a table, a tokenizer for texts, and no other")
     given: dict[str, Any] = {"train": "", **written.settings}
     if kind == "image" and schema.preprocess is not None:
-        seen = schema.preprocess
-        given |= {name: getattr(seen, name) for name in ("channels", "bits", "mean", "std", "crop_fraction")}
+        names = ("channels", "bits", "mean", "std", "crop_fraction")
+        given |= {name: getattr(schema.preprocess, name) for name in names}
     settings = _checked(DataSettings, given if kind == "tensors" else given | {"kind": kind})
     tokenizer = None if written.tokenizer is None else _tokenizer_of(written.tokenizer, blobs, settings.max_length)
     try:
         like = _made(written, settings, tokenizer)
-    except TorchkeepError as error:
+    except (DataError, SettingsError) as error:
         raise _refused(error.where, f"{error.what}: {error.got}", error.expected) from None
     _check_fits(like, schema)
     like.schema = schema
@@ -216,9 +199,12 @@ def _made(written: _Written, settings: DataSettings, tokenizer: Tokenizer | None
     """The dataset of training, without samples."""
     files, kind = NamedFiles([]), written.kind
     if kind == "tensors":
-        return NoSamples(written.held)
-    if kind == "table":
-        return Table.without_rows(_checked_encoding(written.encoding), _WHERE)
+        none = Columns()
+        none.columns, none.schema, none.where = {"": torch.empty(0)}, written.held, _WHERE
+        return none
+    if written.encoding is not None:
+        _check_encoding(written.encoding)
+        return Table.without_rows(written.encoding, _WHERE)
     options: dict[str, Any] = settings.options_of(kind, Path(), None, False)
     made: LabelledData
     if kind == "image":
@@ -248,15 +234,13 @@ def _tokenizer_of(written: _Tokenizer, blobs: Mapping[str, bytes], max_length: i
     return made
 
 
-def _checked_encoding(encoding: TableEncoding | None) -> TableEncoding:
-    assert encoding is not None, "a table has one"
+def _check_encoding(encoding: TableEncoding) -> None:
     wrong = [f.name for f in encoding.features if f.part not in PARTS or f.deviation <= 0]
     if wrong or len(encoding.categories) != len(encoding.vocabularies):
         got = wrong[:3] or f"{len(encoding.categories)} categories, {len(encoding.vocabularies)} vocabularies"
         raise _refused("encoding", got, f"parts {', '.join(PARTS)}, deviations above 0, a vocabulary for each category")
     if not (encoding.features or encoding.categories) or (encoding.task == "classification") != bool(encoding.classes):
         raise _refused("encoding", encoding.task, "inputs, and classes where they are to be told apart")
-    return encoding
 
 
 def _size_of(schema: Schema, settings: DataSettings) -> tuple[int, int]:
@@ -280,14 +264,14 @@ def _check_recordings(settings: DataSettings) -> None:
         )  # fmt: skip
 
 
-def _check_schema(schema: Schema, kind: str) -> None:
+def _check_schema(schema: Schema) -> None:
     for name, field in schema.items():
         sizes = [size for size in field.shape or () if size is not None]
         is_bounded = all(0 <= size <= _INT32 for size in (*sizes, field.num_tokens))
         if not is_bounded or len(sizes) > _MAX_AXES or field.std <= 0:
-            got = f"shape {str(field.shape)[:100]}, {field.num_tokens} tokens, std {field.std}"
+            got = f"std {field.std}, {field.num_tokens} tokens, shape {field.shape}"
             raise _refused(f"schema.{name}", got, f"sizes up to {_INT32:,}, a std above 0")
-    if schema.preprocess is not None and kind == "tensors" and min(schema.preprocess.std, default=0) <= 0:
+    if schema.preprocess is not None and min(schema.preprocess.std, default=0) <= 0:
         raise _refused("schema.preprocess", schema.preprocess.std, "a std above 0")
 
 
@@ -299,7 +283,7 @@ def _check_fits(like: KeyedDataset, schema: Schema) -> None:
     odd = [name for name, field in made.items() if schema.get(name) != field]
     if odd or (more and not is_target) or made.preprocess != schema.preprocess:
         got = ", ".join(sorted({*odd, *more})) or f"{schema.preprocess}"
-        raise _refused("schema", got[:200], "what the settings, the encoding and the tokenizer say")
+        raise _refused("schema", got, "what the settings, the encoding and the tokenizer say")
 
 
 def _checked(model: type[S], data: Any) -> S:
@@ -311,4 +295,6 @@ def _checked(model: type[S], data: Any) -> S:
 
 def _refused(where: str, got: Any, expected: str) -> PackageError:
     where = where if where.startswith(_WHERE) else f"{_WHERE}: {where}"
-    return PackageError("how inputs are read is not what was written", where=where, got=got, expected=expected)
+    return PackageError(
+        "how inputs are read is not what was written", where=where, got=str(got)[:200], expected=expected
+    )

@@ -119,10 +119,16 @@ def _written(traced: _Traced, example: list[Tensor], dynamic_batch: bool) -> tup
         except Exception as error:  # torch.export raises what it likes
             reason = error
     raise ModelError(
-        "this model cannot be written as a graph", where=type(traced.model).__name__,
-        got=next(iter(str(reason).strip().splitlines()), type(reason).__name__)[:MAX_TEXT],
+        "this model cannot be written as a graph", where=type(traced.model).__name__, got=_plainly(reason),
         expected="operations on tensors whose order depends on no value, without chance and without memory", fix=_HOW,
     ) from reason  # fmt: skip
+
+
+def _plainly(reason: Exception | None) -> str:
+    """One line of what torch.export says in fifty."""
+    if isinstance(reason, ModelError):
+        return f"{reason.what}: {reason.got or reason.where}"
+    return next(iter(str(reason).strip().splitlines()), type(reason).__name__)[:MAX_TEXT]
 
 
 def _free_axes(example: list[Tensor]) -> tuple[_Axes, _Axes]:
@@ -279,7 +285,7 @@ class _Writer:
     def _row(self, node: Node) -> Json:
         """What stands for the node in the others' arguments: a reference to its row, or to another's."""
         name, args, kwargs = str(node.target), list[Any](node.args), dict(node.kwargs)
-        if name in _SAME and True not in args[1:]:
+        if name in _SAME and args[-1] is not True:
             return self._encode(args[0])
         if name == _NORM:  # it has no gradient
             name, args = "aten.batch_norm.default", [*args[:5], False, *args[5:], True]

@@ -27,6 +27,7 @@ MAX_TEXT = 200
 _MAX_ELEMENTS = 1 << 31  # of one tensor, whatever the inputs
 _LEAST_ELEMENTS = 1 << 26  # that a graph may always use
 _GROWTH = 1 << 12  # elements for each one of the inputs and parameters: attention has heads × tokens
+_TENSORS_AT_ONCE = 4  # of the largest size
 _MAX_SHAPES = 4096
 LEAF, NODE, INPUT, TENSOR = "$leaf", "$node", "$input", "$tensor"
 DTYPE, FORMAT, FLOAT = "$dtype", "$memory_format", "$float"
@@ -108,7 +109,7 @@ class GraphModel(nn.Module):
         most = min(_MAX_ELEMENTS, max(_LEAST_ELEMENTS, _GROWTH * sum(tensor.numel() for tensor in tensors)))
         with torch.no_grad():
             empty = [torch.empty_like(tensor, device="meta") for tensor in tensors]
-            self._plan.run([torch.device("meta"), *empty], most)
+            self._plan.run([torch.device("meta"), *empty], _Ledger(most))
         self._fitting.add(shapes)
 
 
@@ -145,7 +146,9 @@ class _Plan:
         _refuse(set(graph) != _KEYS, sorted(graph))
         self._leaves, self._axes = graph["leaves"], graph["axes"]
         _check_leaves(self._leaves, self._axes)
-        self._inputs = {row["name"]: row["value"] for row in graph["inputs"]}
+        _refuse(graph["batch"] != "any" and type(graph["batch"]) not in (int, type(None)), graph["batch"])
+        _refuse(any(set(row) != {"name", "value"} for row in graph["inputs"]), "inputs")
+        self._inputs, self._positional = {row["name"]: row["value"] for row in graph["inputs"]}, graph["positional"]
         self.signature = _signature([row["name"] for row in graph["inputs"]], graph["positional"])
         found: list[int] = []
         for tree in self._inputs.values():
@@ -245,7 +248,8 @@ class _Plan:
         Raises:  ModelError where they are others than the graph was written for
         """
         try:
-            given = self.signature.bind(*args, **kwargs).arguments if args or kwargs else {}
+            is_plain = not kwargs and len(args) == len(self._inputs) == self._positional
+            given = dict(zip(self._inputs, args, strict=True)) if is_plain else self._bind(args, kwargs)
             leaves: list[Any] = [None] * len(self._leaves)
             for name, tree in self._inputs.items():
                 _match(tree, given[name], leaves)
@@ -256,6 +260,9 @@ class _Plan:
                 fix="export the model with such inputs as its example",
             ) from None  # fmt: skip
         return leaves
+
+    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return self.signature.bind(*args, **kwargs).arguments
 
     def _check_inputs(self, leaves: list[Tensor]) -> None:
         sizes: dict[str, int] = {}
@@ -277,25 +284,43 @@ class _Plan:
         rows = [f"{row['dtype']} ({', '.join(map(str, row['shape']))})" for row in self._leaves]
         return f"{', '.join(self._inputs)}: {'; '.join(rows)}; {self._axes}"[: 2 * MAX_TEXT]
 
-    def run(self, values: list[Any], most: int | None = None) -> Any:
-        """What the steps give; with ``most``, on tensors without values, where no tensor has more elements."""
-        values += [None] * (self._end - self._first) + self._constants
-        keeps = most is not None or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    def run(self, values: list[Any], ledger: _Ledger | None = None) -> Any:
+        """What the steps give for a device, the inputs and the tensors; with a ledger, for their shapes alone."""
+        keeps = ledger or torch.is_grad_enabled() or torch.compiler.is_compiling()
         place, steps = 0, self._steps if keeps else self._thrifty
+        values += [None] * (self._end - self._first) + self._constants
         try:
             for function, fetch, place, done in steps:
                 values[place] = function(*fetch(values))
-                if most is not None:
-                    _check_size(values[place], most)
+                if ledger is not None:
+                    ledger.note(values[place], place, done)
                 for slot in done:
                     values[slot] = None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise ModelError(
-                "an operation of the graph fails", where=f"node {place - self._first}", got=_short(error)
-            ) from error
+            where = f"node {place - self._first}"
+            raise ModelError("an operation of the graph fails", where=where, got=_short(error)) from error
         return from_tree(self._output, [values[slot] for slot in self._outputs])
+
+
+class _Ledger:
+    """How many elements there are at once, and whether any tensor has more than is plausible."""
+
+    def __init__(self, most: int):
+        self._most, self._alive = most, 0
+        self._sizes: dict[int, int] = {}
+
+    def note(self, value: Any, place: int, done: tuple[int, ...]) -> None:
+        """Raises:  ValueError where it is too much"""
+        tensors = [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, Tensor)]
+        self._sizes[place] = sum(tensor.numel() for tensor in tensors)
+        self._alive += self._sizes[place]
+        if max(self._sizes[place], self._alive // _TENSORS_AT_ONCE) > self._most:
+            raise ValueError(
+                f"{self._alive:,} elements at once, where at most {self._most:,} in a tensor are plausible"
+            )
+        self._alive -= sum(self._sizes.pop(slot, 0) for slot in done)
 
 
 def _check_leaves(leaves: Json, axes: Json) -> None:
@@ -387,12 +412,6 @@ def _fetch(slots: list[int]) -> Callable[[list[Any]], Any]:
     if len(slots) > 1:
         return operator.itemgetter(*slots)
     return operator.itemgetter(slice(slots[0], slots[0] + 1) if slots else slice(0, 0))
-
-
-def _check_size(value: Any, most: int) -> None:
-    for tensor in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(tensor, Tensor) and tensor.numel() > most:
-            raise ValueError(f"a tensor of {tensor.numel():,} elements, where at most {most:,} are plausible")
 
 
 def from_tree(tree: Json, leaves: Sequence[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import signal
 import time
@@ -146,7 +147,7 @@ class Training:
             self._show_trainable(is_new=self._last_saved_step < 0)
         if self.watching is not None:
             self.watching.begin(is_new=self._last_saved_step < 0)
-        with self.signals:
+        with self.signals, _old_objects_left_alone():
             try:
                 self._run_epochs()
             except Exception as error:
@@ -555,6 +556,16 @@ class Training:
         left = (self.settings.train.epochs - self.clock.epoch) * self.steps_per_epoch
         self.total_steps = min(self.clock.step + left, self.settings.train.max_steps or self.clock.step + left)
         self.stepper.optimizers.total_steps = self.total_steps
+
+
+@contextlib.contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Have the garbage collector look at what the training makes only: a million older objects take it 0.1 s a time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def load_model(model: torch.nn.Module, tensors: dict[str, Any]) -> None:

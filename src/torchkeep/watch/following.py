@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,19 +21,24 @@ def plain(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """In evaluation, without gradients; modes, buffers and random states are put back bit for bit."""
-    modes = [(module, module.training) for module in model.modules()]
+    """In evaluation, without gradients; modes, buffers, attributes and random states are put back bit for bit.
+
+    Of an attribute that is a list or another object, it is the object that is put back, not what is in it.
+    """
+    modules = [(module, module.training, vars(module).copy(), _buffers(module).copy()) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     has_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     on_gpu = torch.cuda.get_rng_state_all() if has_gpu else []
     try:
-        for module, _ in modes:
+        for module, *_ in modules:
             module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), _uncompiled():
             yield
     finally:
-        for module, mode in modes:
+        for module, mode, attributes, named in modules:
+            _put_back(vars(module), attributes)
+            _put_back(_buffers(module), named)
             module.training = mode
         with torch.no_grad():
             for buffer, was in buffers:
@@ -43,6 +49,23 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[2])
         if on_gpu:
             torch.cuda.set_rng_state_all(on_gpu)
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    named: Any = vars(module).get("_buffers")
+    return named if isinstance(named, dict) else {}  # a scripted module keeps its own elsewhere
+
+
+def _put_back(now: dict[str, Any], was: dict[str, Any]) -> None:
+    now.clear()
+    now.update(was)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """What torch.compile has made cannot be followed, and does not see hooks."""
+    if "torch._dynamo" in sys.modules:  # nothing has been compiled without it, and it takes a second to load
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:

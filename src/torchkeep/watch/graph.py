@@ -19,6 +19,7 @@ from .following import borrowed, plain, tensors_in
 from .media import MediaStore
 
 _MOST_NODES = 20_000
+_NOWHERE = (-1, "")
 _NO_STEPS = frozenset(("detach", "contiguous", "requires_grad_", "to", "type_as"))  # they hand on what they are given
 
 
@@ -57,7 +58,7 @@ def graph(model: nn.Module, call: Callable[[], Any]) -> Graph:
             output = call()
             seen.end(output)
         if len(seen.nodes) > _MOST_NODES:
-            return Graph(_modules(model, scopes.order), "modules", f"{len(seen.nodes):,} operations")
+            return Graph(_modules(model, scopes.order), "modules", f"more than {_MOST_NODES:,} operations")
         return Graph(list(seen.nodes.values()), "followed")
     except Exception as error:
         return Graph(_modules(model, scopes.order), "modules", f"{type(error).__name__}: {str(error)[:300]}")
@@ -71,11 +72,12 @@ class _Scopes:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._hooks: list[Any] = []
         self.stack: list[str] = []
+        self.given: list[Tensor] = []
         self.order: list[str] = []
 
     def __enter__(self) -> _Scopes:
         for module in self._model.modules():
-            self._hooks.append(module.register_forward_pre_hook(self._begin))
+            self._hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._finish, always_call=True))
         return self
 
@@ -83,7 +85,9 @@ class _Scopes:
         for hook in self._hooks:
             hook.remove()
 
-    def _begin(self, module: nn.Module, inputs: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.stack:
+            self.given += tensors_in([args, kwargs])
         self.stack.append(self.scope_of(self._names[id(module)]))
         self.order.append(self._names[id(module)])
 
@@ -91,7 +95,8 @@ class _Scopes:
         self.stack.pop()
 
     def scope_of(self, name: str) -> str:
-        return "/".join([type(self._model).__name__, *name.split(".")] if name else [type(self._model).__name__])
+        parts = [part for part in name.split(".") if part not in ("", "_orig_mod")]
+        return "/".join([type(self._model).__name__, *parts])
 
 
 class _Following(TorchFunctionMode):
@@ -105,7 +110,8 @@ class _Following(TorchFunctionMode):
         super().__init__()
         self.nodes: dict[str, Node] = {}
         self._scopes = scopes
-        self._from: dict[int, str] = {}
+        self._from: dict[int, tuple[int, str]] = {}
+        self._written: dict[int, tuple[int, str]] = {}
         self._held: list[Tensor] = []
         self._times: dict[str, int] = {}
         model = scopes._model
@@ -122,22 +128,33 @@ class _Following(TorchFunctionMode):
             self._hand_on(made, inputs[0])
         elif len(self.nodes) <= _MOST_NODES:
             scope = self._scopes.stack[-1] if self._scopes.stack else self._scopes.scope_of("")
-            self._hand_on(made, self._add(f"{scope}/{op.strip('_')}", op.strip("_"), inputs, made))
+            writes = any(id(tensor) in self._from for tensor in made)
+            self._hand_on(made, self._add(f"{scope}/{op.strip('_')}", op.strip("_"), inputs, made), writes)
         return result
 
     def _source(self, tensor: Tensor) -> str:
-        known = self._from.get(id(tensor))
-        if known is None:
-            owned = self._owned.get(id(tensor))
-            name = self._scopes.scope_of(owned) if owned else "input"
-            known = self._add(name, "parameter" if owned else "input", [], tensor)
-            self._hand_on(tensor, known)
-        return known
+        """The operation that made a tensor or, where that is later, wrote to the memory that it shares with others."""
+        known = max(self._from.get(id(tensor), _NOWHERE), self._written.get(_memory(tensor), _NOWHERE))
+        return known[1] if known is not _NOWHERE else self._appears(tensor)
 
-    def _hand_on(self, value: Any, name: str) -> None:
-        for tensor in tensors_in(value):
-            self._from[id(tensor)] = name
+    def _appears(self, tensor: Tensor) -> str:
+        """Note a tensor that no operation has made."""
+        if owned := self._owned.get(id(tensor)):
+            name = self._add(self._scopes.scope_of(owned), "parameter", [], tensor)
+        elif not self._scopes.stack or any(tensor is given for given in self._scopes.given):
+            name = self._add("input", "input", [], tensor)
+        else:
+            name = self._add(f"{self._scopes.stack[-1]}/constant", "constant", [], tensor)
+        self._hand_on([tensor], name)
+        return name
+
+    def _hand_on(self, made: list[Tensor], name: str, writes: bool = False) -> None:
+        for tensor in made:
+            place = len(self._held), name
             self._held.append(tensor)
+            self._from[id(tensor)] = place
+            if writes:
+                self._written[_memory(tensor)] = place
 
     def _add(self, name: str, op: str, inputs: list[str], value: Any) -> str:
         times = self._times[name] = self._times.get(name, -1) + 1
@@ -152,6 +169,14 @@ class _Following(TorchFunctionMode):
         """Note what the forward gives."""
         for tensor in tensors_in(output):
             self._add("output", "output", [self._source(tensor)], tensor)
+
+
+def _memory(tensor: Tensor) -> int:
+    """What names the memory of a tensor; one without such memory, a sparse one for example, shares it with none."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return -1 - id(tensor)
 
 
 def _modules(model: nn.Module, order: list[str]) -> list[Node]:

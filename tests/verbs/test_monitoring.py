@@ -85,3 +85,4 @@ def test_a_view_whose_package_is_missing_is_said_before_anything_is_written(
     said = desk.say("train", "table.toml", "--set", 'monitor.views=["wandb"]')
     assert said.code == 2
     assert "torchkeep[wandb]" in said.err
+    assert desk.runs() == []

@@ -216,7 +216,8 @@ _SAME = {
     "aten.feature_alpha_dropout.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default",
     "aten.alias.default",
 }  # fmt: skip
-_NORM = "aten._native_batch_norm_legit_no_training.default"
+# neither has a gradient
+_NORM, _OWN_NORM = "aten._native_batch_norm_legit_no_training.default", "aten._native_batch_norm_legit.no_stats"
 _SIZES: dict[Any, str] = {function: name for name, function in SIZE_MATHS.items()}
 
 
@@ -287,11 +288,13 @@ class _Writer:
         name, args, kwargs = str(node.target), list[Any](node.args), dict(node.kwargs)
         if name in _SAME and args[-1] is not True:
             return self._encode(args[0])
-        if name == _NORM:  # it has no gradient
+        if name == _NORM:
             name, args = "aten.batch_norm.default", [*args[:5], False, *args[5:], True]
+        elif name == _OWN_NORM:
+            name, args = "aten.batch_norm.default", [*args[:3], None, None, *args[3:], True]
         elif node.target is operator.getitem:
             source = args[0]
-            if str(source.target) == _NORM:
+            if str(source.target) in (_NORM, _OWN_NORM):
                 return self._encode(source)
             name = ITEM
         elif name in ("aten.to.device", "aten.to.dtype_layout"):  # where tensors are is the reader's affair

@@ -46,6 +46,8 @@ cat.default channel_shuffle.default chunk.default clone.default constant_pad_nd.
 detach.default diagonal.default embedding.default expand.default expand_as.default flatten.using_ints flip.default
 gather.default index.Tensor index_select.default movedim.int movedim.intlist narrow.default pad.default permute.default
 pixel_shuffle.default pixel_unshuffle.default repeat.default repeat_interleave.self_int reshape.default roll.default
+copy.default fill.Scalar fill.Tensor index_add.default index_put.default scatter.src scatter.value scatter_add.default
+select_scatter.default slice_scatter.default
 select.int slice.Tensor split.Tensor split.sizes split_with_sizes.default squeeze.default squeeze.dim squeeze.dims
 stack.default t.default take_along_dim.default tile.default transpose.int tril.default triu.default unbind.int
 unflatten.int unfold.default unsqueeze.default view.default view_as.default reshape_as.default _unsafe_view.default
@@ -70,9 +72,10 @@ zeros.default zeros_like.default
 """
 # beside all that is done number by number: what never gives back a view of what it took
 _FRESH = """
-addmm.default baddbmm.default batch_norm.default bmm.default conv1d.default conv1d.padding conv2d.default conv2d.padding
-conv3d.default conv3d.padding group_norm.default layer_norm.default linear.default mm.default full.default
-full_like.default ones.default ones_like.default zeros.default zeros_like.default
+adaptive_avg_pool2d.default addmm.default avg_pool2d.default baddbmm.default batch_norm.default bmm.default
+conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding conv_transpose1d.default
+conv_transpose2d.input conv_transpose3d.input full.default full_like.default group_norm.default layer_norm.default
+linear.default max_pool2d.default mm.default ones.default ones_like.default zeros.default zeros_like.default
 """
 _IN_PLACE = """
 elu.default gelu.default hardsigmoid.default hardswish.default hardtanh.default leaky_relu.default relu.default

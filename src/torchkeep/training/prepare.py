@@ -29,6 +29,7 @@ from ..model.build import Built
 from ..model.describe import describe
 from ..model.freeze import FreezePlan, evaluating, learning
 from ..watch.console import Console
+from ..watch.monitor import check_views
 from ..watch.recorder import Recorder
 from .binding import Binding, Inputs, Keys, batch_text
 from .decisions import Decisions
@@ -102,6 +103,7 @@ class Prepared:
     def __init__(self, work: Work, decisions: Decisions):
         self.work, self.decisions, self.settings = work, decisions, work.settings
         train = work.settings.train
+        check_views(work.settings.monitor)
         self.clock = Clock()
         choose_threads(train, decisions)
         self.device = choose_device(train, decisions)

@@ -13,15 +13,19 @@ from .following import borrowed, plain
 from .histograms import histogram
 from .media import Late
 
-_RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Threshold, nn.Hardtanh)
-_ACTIVATIONS = (*_RECTIFIERS, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh,
+_RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Threshold)
+_ACTIVATIONS = (*_RECTIFIERS, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Hardtanh, nn.Mish, nn.Softplus, nn.Tanh,
                 nn.Sigmoid, nn.GLU)  # fmt: skip
+_ENOUGH = 16  # samples: of features of which each is 0 nine times in ten, a fifth are 0 sixteen times
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class Activity:
-    """What one layer answers; ``dead_fraction`` () on the device: channels that are 0 throughout, None if not known."""
+    """What one layer answers; ``dead_fraction`` () on the device: channels that are 0 throughout, None if not known.
+
+    It is known of rectifiers, in a batch of 16 samples or more.
+    """
 
     histogram: Late
     dead_fraction: Tensor | None
@@ -63,7 +67,7 @@ def _noting(name: str, module: nn.Module, found: dict[str, Activity]) -> Callabl
 
 def _dead_fraction(answer: Tensor) -> Tensor | None:
     """The share of channels without an answer to any sample. Shapes: (B, F), (B, C, H, W), (B, T, F)"""
-    if answer.ndim < 2 or answer.shape[0] < 2:
+    if answer.ndim < 2 or answer.shape[0] < _ENOUGH:
         return None
     channel = 1 if answer.ndim == 4 or answer.ndim == 2 else answer.ndim - 1
     rest = [axis for axis in range(answer.ndim) if axis != channel]

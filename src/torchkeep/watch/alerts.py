@@ -12,19 +12,24 @@ from typing import Any
 
 from ..contracts import Json
 
-_EXPLODED = (
-    100.0  # times the median of the norms before: one in a thousand is beyond it in healthy runs of transformers
-)
+_EXPLODED = 100.0  # times the median of the norms before: spikes of healthy runs stay below
 _HUGE_NORM = 1e6
-_VANISHED = 1e-7  # of the first norms, while the loss is still high
+_NOT_FINITE = 2  # readings: a loss scaler of fp16 finds its scale by one that is not, and skips its step
+_VANISHED = 1e-7  # of the first norm, while the loss is still high
+_NOTHING = 1e-9  # a norm that moves no parameter of usual size in fp32
 _ENOUGH = 20
 _KEPT = 200
 _STILL_HIGH = 0.9  # of the first loss: gradients that are small at a small loss have done their work
+_SMALL_LOSS = 1e-3
 _CHANCE = 0.98  # of ln K: a model that has learned anything in an epoch is below
 _TRIED_STEPS = 100
 _RISES = 3
+_RISEN = 0.05  # of the loss from which it rises: less does no harm yet
+_NOISE = 3.0  # times the bends of the curve: three rises by chance alone come once in 24 evaluations
+_RECENT = 20
 _WAITING = 0.2
 _WINDOWS = 5
+_WELL = 3  # times that something must be well until it is said again: what flickers is one thing
 _LEAST_BYTES = 1 << 30
 _DEAD = 0.5
 
@@ -43,20 +48,22 @@ class Alerts:
     """Says each thing once, and again only after it has been well meanwhile."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._said: dict[str, int] = {}
         self._norms: deque[float] = deque(maxlen=_KEPT)
+        self._not_finite = 0
         self._first_norm: float | None = None
         self._first_loss: float | None = None
         self._waits: deque[float] = deque(maxlen=_WINDOWS)
 
     def state_dict(self) -> Json:
         return {
-            "said": sorted(self._said), "norms": list(self._norms), "first_norm": self._first_norm,
-            "first_loss": self._first_loss, "waits": list(self._waits),
+            "said": dict(self._said), "norms": list(self._norms), "not_finite": self._not_finite,
+            "first_norm": self._first_norm, "first_loss": self._first_loss, "waits": list(self._waits),
         }  # fmt: skip
 
     def load_state_dict(self, state: Json) -> None:
-        self._said, self._norms = set(state["said"]), deque(state["norms"], _KEPT)
+        self._said, self._norms = dict(state["said"]), deque(state["norms"], _KEPT)
+        self._not_finite = state["not_finite"]
         self._first_norm, self._first_loss = state["first_norm"], state["first_loss"]
         self._waits = deque(state["waits"], _WINDOWS)
 
@@ -67,16 +74,16 @@ class Alerts:
             self._first_loss = loss
         if norm is None:
             return []
+        self._not_finite = 0 if math.isfinite(norm) else self._not_finite + 1
         usual = statistics.median(self._norms) if len(self._norms) >= _ENOUGH else None
         found = [
             self._say(
-                "gradients explode", not math.isfinite(norm) or norm > _HUGE_NORM or
-                (usual is not None and norm > _EXPLODED * usual > 0),
+                "gradients explode", self._has_exploded(norm, usual),
                 f"the gradients' norm is {norm:.3g} at step {step}" + (f", usually {usual:.3g}" if usual else ""),
-                "train.clip_norm = 1.0, or a lower optimizer.learning_rate",
+                "train.clip_norm=1.0, or a lower optimizer.learning_rate",
             ),
             self._say(
-                "gradients vanish", self._has_vanished(loss),
+                "gradients vanish", self._has_vanished(norm, loss),
                 f"the gradients' norm is {norm:.3g} at step {step} while the loss is {loss or 0:.3g}",
                 "a look at the activations' histograms; normalisation, another initialisation or activation",
             ),
@@ -86,11 +93,17 @@ class Alerts:
             self._first_norm = norm if self._first_norm is None else self._first_norm
         return [alert for alert in found if alert]
 
-    def _has_vanished(self, loss: float | None) -> bool:
-        if not self._first_norm or not self._first_loss or loss is None or len(self._norms) < 3:
+    def _has_exploded(self, norm: float, usual: float | None) -> bool:
+        if not math.isfinite(norm):
+            return self._not_finite >= _NOT_FINITE
+        return norm > _HUGE_NORM or (usual is not None and norm > _EXPLODED * usual > 0)
+
+    def _has_vanished(self, norm: float, loss: float | None) -> bool:
+        if self._first_norm is None or self._first_loss is None or loss is None or len(self._norms) < 3:
             return False
-        recent = statistics.median(list(self._norms)[-3:])
-        return recent < _VANISHED * self._first_norm and loss > _STILL_HIGH * self._first_loss
+        recent = statistics.median([*list(self._norms)[-2:], norm])
+        is_small = recent < max(_NOTHING, _VANISHED * self._first_norm)
+        return is_small and loss > max(_SMALL_LOSS, _STILL_HIGH * self._first_loss)
 
     def after_epoch(self, history: Sequence[Mapping[str, Any]], chance_loss: float | None) -> list[Alert]:
         """What the epochs so far say: rows with "metrics", and the loss of guessing where it is known."""
@@ -98,9 +111,7 @@ class Alerts:
         valid = [row["metrics"]["valid/loss"] for row in history if "valid/loss" in row["metrics"]]
         has_tried = bool(history) and history[-1]["step"] >= _TRIED_STEPS
         stays = chance_loss is not None and has_tried and train[-1] >= _CHANCE * chance_loss
-        last = valid[-_RISES - 1 :]
-        leaves = len(last) > _RISES and all(a < b for a, b in pairwise(last))
-        leaves = leaves and train[-1] < train[-_RISES - 1]
+        leaves = _rises(valid[-_RECENT:]) and train[-1] < train[-_RISES - 1]
         found = [
             self._say(
                 "loss at chance", stays,
@@ -145,9 +156,21 @@ class Alerts:
 
     def _say(self, name: str, is_so: bool, text: str, fix: str) -> Alert | None:
         if not is_so:
-            self._said.discard(name)
+            if name in self._said:
+                self._said[name] += 1
+                if self._said[name] >= _WELL:
+                    del self._said[name]
             return None
-        if name in self._said:
-            return None
-        self._said.add(name)
-        return Alert(name, "warning", text, fix)
+        is_new = name not in self._said
+        self._said[name] = 0
+        return Alert(name, "warning", text, fix) if is_new else None
+
+
+def _rises(losses: list[float]) -> bool:
+    """Whether the last evaluations each were worse, by more than the noise of the curve."""
+    last = losses[-_RISES - 1 :]
+    if len(last) <= _RISES or not all(a < b for a, b in pairwise(last)):
+        return False
+    slopes = [b - a for a, b in pairwise(losses)]
+    bend = statistics.median(abs(b - a) for a, b in pairwise(slopes))
+    return last[-1] - last[0] > max(_RISEN * abs(last[0]), _NOISE * bend)

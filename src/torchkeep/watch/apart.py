@@ -36,6 +36,16 @@ _PROGRAM = "import sys; sys.path.append({root!r}); from torchkeep.watch.apart im
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the cores and the GPU are the training's
 
 
+def require(name: str) -> None:
+    """Raises:  SettingsError where the package of a view is missing"""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:  # a mere folder of that name is no package
+        raise SettingsError(
+            f"this needs the package {name}", where=f"view {name!r}", got="not installed",
+            fix=f'pip install "torchkeep[{name}]"',
+        )  # fmt: skip
+
+
 class Apart:
     """A view whose sender ``module:name(folder, attempt, run_name, settings)`` runs in a process of its own.
 
@@ -48,12 +58,7 @@ class Apart:
     answer_s = 300.0
 
     def __init__(self, folder: Path, attempt: int, run_name: str, settings: Any):
-        found = importlib.util.find_spec(self.name)
-        if found is None or found.origin is None:  # a mere folder of that name is no package
-            raise SettingsError(
-                f"this needs the package {self.name}", where=f"view {self.name!r}", got="not installed",
-                fix=f'pip install "torchkeep[{self.name}]"',
-            )  # fmt: skip
+        require(self.name)
         self.close_timeout_s = settings.close_timeout_s
         self._place = (folder / self.name).absolute()
         self._told = {

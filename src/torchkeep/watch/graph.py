@@ -130,6 +130,8 @@ class _Following(TorchFunctionMode):
             scope = self._scopes.stack[-1] if self._scopes.stack else self._scopes.scope_of("")
             writes = any(id(tensor) in self._from for tensor in made)
             self._hand_on(made, self._add(f"{scope}/{op.strip('_')}", op.strip("_"), inputs, made), writes)
+        else:
+            self._hand_on(made, inputs[0] if inputs else "")
         return result
 
     def _source(self, tensor: Tensor) -> str:

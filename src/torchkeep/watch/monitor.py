@@ -14,6 +14,7 @@ from ..errors import SettingsError
 from ..files import FolderLock, reported
 from ..folder import RECORDS_FILE, TENSORBOARD
 from ..settings import Settings, check
+from .apart import require
 from .feeds import View
 from .media import MediaStore
 from .mlflow import MlflowSettings
@@ -45,6 +46,13 @@ class MonitorSettings(Settings):
     """Where Weights & Biases keeps the run."""
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
     """Where MLflow keeps the run."""
+
+
+def check_views(settings: MonitorSettings) -> None:
+    """Raises:  SettingsError where the package of a view is missing"""
+    for name in settings.views:
+        if name != "tensorboard":
+            require(name)
 
 
 def make_views(settings: MonitorSettings, folder: Path, attempt: int, apart: bool = False) -> list[View]:
@@ -86,6 +94,7 @@ class Monitor:
     ):  # fmt: skip
         self.folder = Path(folder)
         self._settings = check(MonitorSettings, {**(settings or {}), "views": list(views)}, "tk.Monitor")
+        check_views(self._settings)
         with reported(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.folder).acquire()

@@ -41,13 +41,21 @@ def test_healthy_courses_are_left_alone(name: str) -> None:
 
 
 def test_gradients_that_explode_are_said_once_until_they_were_well() -> None:
-    alerts = Alerts()
-    assert read(alerts, [1.0] * 34, [1.0] * 30 + [500.0, 600.0] + [1.0, 700.0]) == ["gradients explode"] * 2
-    assert read(Alerts(), [1.0], [math.inf]) == ["gradients explode"]
+    flickers, again = [500.0, 1.0, 600.0, 1.0, 1.0, 700.0], [1.0] * 3 + [800.0]
+    assert read(Alerts(), [1.0] * 36, [1.0] * 30 + flickers) == ["gradients explode"]
+    assert read(Alerts(), [1.0] * 40, [1.0] * 30 + flickers + again) == ["gradients explode"] * 2
+    assert read(Alerts(), [1.0], [1e7]) == ["gradients explode"]
+
+
+def test_a_norm_that_is_no_number_is_said_where_the_next_is_none_either() -> None:
+    assert read(Alerts(), [1.0] * 4, [math.inf, 1.0, math.nan, 1.0]) == []
+    assert read(Alerts(), [1.0] * 3, [math.inf, math.nan, math.inf]) == ["gradients explode"]
 
 
 def test_gradients_that_vanish_while_nothing_is_learned() -> None:
     assert read(Alerts(), [2.3] * 60, [10.0 * 0.5**s for s in range(60)]) == ["gradients vanish"]
+    assert read(Alerts(), [2.3] * 10, [0.0] * 10) == ["gradients vanish"]
+    assert read(Alerts(), [1e-5] * 10, [1e-10] * 10) == []
 
 
 def row(train: float, valid: float | None = None) -> dict[str, Any]:
@@ -69,6 +77,22 @@ def test_what_the_epochs_say() -> None:
         Alerts().after_epoch([row(1 + r["metrics"]["valid/loss"], r["metrics"]["valid/loss"]) for r in leaving], None)
         == []
     )
+
+
+def leaves(valid: list[float]) -> bool:
+    alerts = Alerts()
+    rows = [row(1 - epoch / 100, loss) for epoch, loss in enumerate(valid)]
+    return any(alerts.after_epoch(rows[: epoch + 1], None) for epoch in range(len(rows)))
+
+
+def test_validation_that_only_wavers_is_left_alone() -> None:
+    draws = random.Random(0)
+    falling = [0.3 + 2 * math.exp(-epoch / 8) for epoch in range(20)]
+    flat = [0.3 * math.exp(draws.gauss(0, 0.02)) for _ in range(60)]
+    assert sum(a < b < c < d for a, b, c, d in zip(flat, flat[1:], flat[2:], flat[3:], strict=False)) > 1
+    assert not leaves(falling + flat)
+    assert not leaves([*falling, 0.3, 0.301, 0.302, 0.303])
+    assert leaves(falling + [0.46 + epoch / 50 for epoch in range(20)])
 
 
 def test_what_the_machine_says() -> None:

@@ -1,9 +1,10 @@
-"""The pieces alone, in a loop that you write: tk.Loader, tk.Checkpoints, tk.EarlyStopping.
+"""The pieces alone, in a loop that you write: tk.Loader, tk.Checkpoints, tk.EarlyStopping, tk.Monitor.
 
     python examples/by_hand.py
 
 Kill it at any moment, with kill -9 too, and call it again: it goes on from its last checkpoint, in the middle of an
 epoch, and ends with the same parameters as one that was never stopped. It prints their sum, so that you can compare.
+What it shows: tensorboard --logdir runs
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def main() -> None:
         step = saved.step
         print(f"going on from step {step}, epoch {loader.epoch}")
 
+    monitor = tk.Monitor("runs/by-hand/monitor", from_step=step)
+    monitor.watch(model, every=200)
     while loader.epoch < EPOCHS and not stopper.should_stop:
         for batch in loader:
             loss = nn.functional.cross_entropy(model(pixels(batch)), batch["label"])
@@ -84,13 +87,19 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             step += 1
+            if step % 10 == 0:
+                monitor.log(step, epoch=loader.epoch, **{"train/loss": loss})
             if step % SAVE_EVERY == 0 and step % len(loader):
+                monitor.flush()  # what a checkpoint acknowledges is recorded before it
                 checkpoints.save(step, state())
         metrics = evaluate(model, valid)
         stopper.update(metrics)
+        monitor.log(step, epoch=loader.epoch, **metrics)
+        monitor.flush()
         checkpoints.save(step, state(), metrics)  # after the stopper: one state, of one moment
         print(f"epoch {loader.epoch:>2}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
+    monitor.close(metrics=metrics)
     best = checkpoints.best()
     print(f"ended after epoch {loader.epoch}; best: {best.path} {best.metrics}")
     print(f"sum of the parameters: {sum(p.double().sum() for p in model.parameters()).item():.12f}")

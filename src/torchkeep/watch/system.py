@@ -51,12 +51,12 @@ class Sensors:
         self._then = time.monotonic()
         self._counters: dict[str, float] = dict(self._sums())
         self._limit = _memory_limit()
-        self._nvml = _open_nvml()
+        self._board: Any = None
 
     def read(self) -> dict[str, float]:
         """Numbers by tag: percent of one core, bytes, bytes a second, fractions, °C, W."""
         found: dict[str, float] = {}
-        for sensor in (self._own, self._machine, self._rates, self._gpu, self._gpu_board):
+        for sensor in (self._own, self._machine, self._rates, self._gpu):
             with contextlib.suppress(Exception):
                 found.update(sensor())
         return {f"system/{name}": value for name, value in found.items()}
@@ -81,9 +81,10 @@ class Sensors:
     def _sums(self) -> Iterator[tuple[str, float]]:
         with contextlib.suppress(Exception):
             disk: Any = self._psutil.disk_io_counters()
-            network = self._psutil.net_io_counters()
             yield "disk_read_bytes_per_s", disk.read_bytes
             yield "disk_write_bytes_per_s", disk.write_bytes
+        with contextlib.suppress(Exception):
+            network = self._psutil.net_io_counters()
             yield "network_sent_bytes_per_s", network.bytes_sent
             yield "network_received_bytes_per_s", network.bytes_recv
 
@@ -96,15 +97,18 @@ class Sensors:
 
     def _gpu(self) -> Iterator[tuple[str, float]]:
         torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            yield "gpu_memory_allocated_bytes", torch.cuda.memory_allocated()
-            yield "gpu_memory_reserved_bytes", torch.cuda.memory_reserved()
-            yield "gpu_memory_peak_bytes", torch.cuda.max_memory_allocated()
-
-    def _gpu_board(self) -> Iterator[tuple[str, float]]:
-        if self._nvml is None:
+        if torch is None or not torch.cuda.is_initialized():
             return
-        nvml, board = self._nvml
+        device = max(range(torch.cuda.device_count()), key=torch.cuda.memory_reserved)  # this thread has chosen none
+        yield "gpu_memory_allocated_bytes", torch.cuda.memory_allocated(device)
+        yield "gpu_memory_reserved_bytes", torch.cuda.memory_reserved(device)
+        yield "gpu_memory_peak_bytes", torch.cuda.max_memory_allocated(device)
+        import pynvml as nvml
+
+        if self._board is None:
+            nvml.nvmlInit()
+            self._board = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        board = self._board
         yield "gpu_utilisation_fraction", nvml.nvmlDeviceGetUtilizationRates(board).gpu / 100
         yield "gpu_temperature_celsius", nvml.nvmlDeviceGetTemperature(board, nvml.NVML_TEMPERATURE_GPU)
         yield "gpu_power_watts", nvml.nvmlDeviceGetPowerUsage(board) / 1000
@@ -117,13 +121,4 @@ def _memory_limit() -> int | None:
             limit = int(path.read_text())
             whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             return limit if limit < whole else None
-    return None
-
-
-def _open_nvml() -> Any:
-    with contextlib.suppress(Exception):
-        import pynvml
-
-        pynvml.nvmlInit()
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
     return None

@@ -88,7 +88,7 @@ def leaves(valid: list[float]) -> bool:
 def test_validation_that_only_wavers_is_left_alone() -> None:
     draws = random.Random(0)
     falling = [0.3 + 2 * math.exp(-epoch / 8) for epoch in range(20)]
-    flat = [0.3 * math.exp(draws.gauss(0, 0.02)) for _ in range(60)]
+    flat = [0.3 * math.exp(draws.gauss(0, 0.02)) for _ in range(200)]
     assert sum(a < b < c < d for a, b, c, d in zip(flat, flat[1:], flat[2:], flat[3:], strict=False)) > 1
     assert not leaves(falling + flat)
     assert not leaves([*falling, 0.3, 0.301, 0.302, 0.303])

@@ -30,7 +30,9 @@ def test_every_kind_is_recorded(tmp_path: Path) -> None:
     figure.add_subplot().plot([1, 2])
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     with tk.Monitor(tmp_path / "run", config={"learning_rate": 0.1}) as monitor:
-        monitor.log(1, epoch=0, samples=32, **{"train/loss": torch.tensor(0.5), "n": 3, "x": np.float32(2)})
+        monitor.log(
+            1, epoch=0, samples=32, **{"train/loss": torch.tensor(0.5, requires_grad=True), "n": 3, "x": np.float32(2)}
+        )
         monitor.histogram(1, "w", torch.randn(100))
         monitor.image(1, "i", torch.zeros(3, 8, 8))
         monitor.prediction(1, "p", torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.randn(2, 2), classes=["a", "b"])

@@ -290,11 +290,10 @@ def _checked(model: type[S], data: Any) -> S:
     try:
         return check(model, data, _WHERE)
     except SettingsError as error:
-        raise PackageError(error.what, where=error.where, got=error.got[:200], expected=error.expected) from None
+        raise _refused(error.where, f"{error.what}: {error.got}", error.expected) from None
 
 
 def _refused(where: str, got: Any, expected: str) -> PackageError:
-    where = where if where.startswith(_WHERE) else f"{_WHERE}: {where}"
-    return PackageError(
-        "how inputs are read is not what was written", where=where, got=str(got)[:200], expected=expected
-    )
+    place = where if where.startswith(_WHERE) else f"{_WHERE}: {where}"
+    what = "how inputs are read is not what was written"
+    return PackageError(what, where=place[:200], got=str(got)[:200], expected=expected[:400])

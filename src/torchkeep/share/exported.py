@@ -20,7 +20,7 @@ from ..contracts import Json, TensorTree
 from ..data.generators import kept_generators
 from ..errors import ModelError
 from ..model.freeze import evaluating
-from .graph import DTYPE, DTYPES, FLOAT, FORMAT, INPUT, LEAF, MAX_TEXT, NODE, TENSOR, from_tree
+from .graph import DTYPE, DTYPES, FLOAT, FORMAT, INPUT, LEAF, MAX_TEXT, NODE, TENSOR, GraphModel, from_tree
 from .operations import ITEM, NAMES, SIZE_MATHS, Operation, find_operation
 
 _HOW = 'give its source with code = "…", or use a model that is known by name'
@@ -40,9 +40,7 @@ def export_graph(
     """
     with _quiet(), kept_generators(), evaluating(model), torch.no_grad():
         traced, example = _traced(model, args, dict(kwargs or {}))
-        graph, tensors = _written(traced, example, dynamic_batch)
-    graph = {"inputs": traced.inputs, "positional": traced.positional, **graph, "output": traced.output}
-    return graph, tensors
+        return _written(traced, example, dynamic_batch)
 
 
 @contextlib.contextmanager
@@ -65,6 +63,11 @@ class _Traced(nn.Module):
         self.model, self.inputs, self.positional, self.unasked = model, inputs, positional, unasked
         self.output: Json = None
 
+    def structure(self, leaves: list[Tensor]) -> tuple[Json, int]:
+        """That of the output for such inputs, and how many tensors it has."""
+        found: list[Any] = []
+        return _to_tree(self.call(*(leaf.clone() for leaf in leaves)), found, "output"), len(found)
+
     def call(self, *leaves: Any) -> Any:
         given = {row["name"]: from_tree(row["value"], leaves) for row in self.inputs}
         args = list(given.values())[: self.positional]
@@ -85,20 +88,19 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
-        several = (
-            {f"{name}_{i}": item for i, item in enumerate(value)} if kind is inspect.Parameter.VAR_POSITIONAL else {}
-        )
-        named |= value if kind is inspect.Parameter.VAR_KEYWORD else several or {name: value}
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}_{i}": item for i, item in enumerate(value)}
+        else:
+            named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     leaves: list[Any] = []
     inputs = [{"name": name, "value": _to_tree(value, leaves, "input")} for name, value in named.items()]
     # a cache of keys and values is for generating token by token, and is no tensor
     is_cached = "use_cache" in signature.parameters and "use_cache" not in named
     traced = _Traced(model, inputs, len(bound.args), {"use_cache": False} if is_cached else {})
-    outputs: list[Any] = []
-    traced.output = _to_tree(traced.call(*(leaf.clone() for leaf in leaves)), outputs, "output")
-    if not leaves or not outputs:
+    traced.output, count = traced.structure(leaves)
+    if not leaves or not count:
         raise ModelError(
-            "a graph leads from tensors to tensors", where="the example", got=f"{len(leaves)} in, {len(outputs)} out"
+            "a graph leads from tensors to tensors", where="the example", got=f"{len(leaves)} in, {count} out"
         )
     return traced, leaves
 
@@ -157,16 +159,22 @@ def _attempt(
             raise
         stated = (int(found[1] or 1), int(found[2]) if found[2] else None)  # as of learned positions
         return _attempt(traced, example, axes, strict, stated)
+    twice = [torch.cat([leaf, leaf]) if own else leaf for leaf, own in zip(example, axes, strict=True)]
+    if strict and traced.structure(twice)[0] != traced.output:  # strict tracing takes a size for a constant
+        raise ModelError("the structure of the output depends on the batch", where="the model's output")
     used = {name for own in axes for name in own.values()}
     sizes = {"batch": [1, None], "length": list(limits)}
-    graph, tensors = _Writer(traced.model, _functional(program)).written()
+    written, tensors = _Writer(traced.model, _functional(program)).written()
     leaves = [
         {"dtype": _name_of(leaf.dtype), "shape": [own.get(axis, size) for axis, size in enumerate(leaf.shape)]}
         for leaf, own in zip(example, axes, strict=True)
     ]
     first = next((leaf.shape[0] for leaf in example if leaf.ndim), None)
     head = {"batch": "any" if "batch" in used else first, "axes": {name: sizes[name] for name in sorted(used)}}
-    return {**head, "leaves": leaves, **graph}, tensors
+    call = {"inputs": traced.inputs, "positional": traced.positional, "output": traced.output}
+    graph = {**head, **call, "leaves": leaves, **written}
+    GraphModel(graph, tensors)  # what is written can be read
+    return graph, tensors
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -348,7 +356,7 @@ def _name_of(kind: torch.dtype) -> str:
 
 def _to_tree(value: Any, leaves: list[Any], where: str) -> Json:
     """The structure of a value as JSON; its tensors go to ``leaves``."""
-    if isinstance(value, Tensor | torch.SymInt):
+    if isinstance(value, Tensor):
         leaves.append(value)
         return {LEAF: len(leaves) - 1}
     if value is None or type(value) in (bool, int, str) or (type(value) is float and value - value == 0):

@@ -150,9 +150,13 @@ class _Plan:
         _refuse(any(set(row) != {"name", "value"} for row in graph["inputs"]), "inputs")
         self._inputs, self._positional = {row["name"]: row["value"] for row in graph["inputs"]}, graph["positional"]
         self.signature = _signature([row["name"] for row in graph["inputs"]], graph["positional"])
+        self._fixed: dict[str, Any] = {}  # inputs without a tensor: what the example had
         found: list[int] = []
-        for tree in self._inputs.values():
+        for name, tree in self._inputs.items():
+            before = len(found)
             _check_tree(tree, len(self._leaves), found)
+            if len(found) == before:
+                self._fixed[name] = from_tree(tree, ())
         _refuse(sorted(found) != list(range(len(self._leaves))), found)
         nodes, count = graph["nodes"], len(self._leaves)
         _refuse(not isinstance(nodes, list) or len(nodes) > _MAX_NODES, f"a graph of {len(nodes):,} nodes")
@@ -169,7 +173,7 @@ class _Plan:
                 self._add(row, self._first + i)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"node {i}: {_short(error)}") from None
-        self._outputs = [self._reference(value, "any") for value in graph["outputs"]]
+        self._outputs = [self._reference(value, "Tensor") for value in graph["outputs"]]
         self._output = graph["output"]
         _check_tree(self._output, len(self._outputs), [])
         self._thrifty = self._compiled(is_thrifty=True)
@@ -220,7 +224,7 @@ class _Plan:
             slot = index + (self._first if name == NODE else 1)
             _refuse(slot >= (len(self._kinds) if name == NODE else 1 + len(self._leaves)), value)
         gives = self._kinds[slot]
-        fits = {"tensor": ("Tensor", "any"), "tensors": ("tensors",), "int": ("int", "number", "Tensor", "any")}[gives]
+        fits = {"tensor": ("Tensor",), "tensors": ("tensors",), "int": ("int", "number", "Tensor")}[gives]
         _refuse(kind not in fits, value)
         return slot
 
@@ -262,7 +266,7 @@ class _Plan:
         return leaves
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return self.signature.bind(*args, **kwargs).arguments
+        return {**self._fixed, **self.signature.bind_partial(*args, **kwargs).arguments}
 
     def _check_inputs(self, leaves: list[Tensor]) -> None:
         sizes: dict[str, int] = {}
@@ -360,7 +364,7 @@ def _match(tree: Json, value: Any, leaves: list[Any]) -> None:
 
 def _check_chance(given: dict[str, Json]) -> None:
     """What is drawn by chance, and what would change statistics, is not for evaluation."""
-    has_statistics = given.get("running_mean") is not None
+    has_statistics = any(given.get(name) is not None for name in ("running_mean", "running_var"))
     _refuse(given.get("train", False) is not False or given.get("dropout_p", 0.0) != 0.0, "an operation that draws")
     for name in ("training", "use_input_stats"):
         _refuse(name in given and given[name] is not (not has_statistics), "statistics that would change")

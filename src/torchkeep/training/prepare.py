@@ -537,9 +537,9 @@ class Prepared:
         return math.log(classes[0]) if is_known else None
 
     def forward(self, batch: Batch) -> Any:
-        """The whole model on a batch as the loader gives it."""
+        """The whole model on a batch that is on the device."""
         with autocast(self.precision, self.device):
-            return self.binding.whole(self.mover(batch))
+            return self.binding.whole(batch)
 
     def close(self) -> None:
         """End the loaders' workers, and leave torch's own settings as they were."""

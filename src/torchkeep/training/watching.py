@@ -25,6 +25,7 @@ from ..watch.histograms import histograms
 from ..watch.media import Medium
 from ..watch.pictures import prediction
 from ..watch.recorder import Recorder
+from .device import Mover
 from .recipe import RunSettings
 from .seen import Seen
 from .step import Stepper
@@ -47,6 +48,7 @@ class Watched(Protocol):
     steps_per_epoch: int
     valid: Loader | None
     example: Batch
+    mover: Mover
 
     @property
     def is_own_step(self) -> bool: ...
@@ -111,7 +113,8 @@ class Watching:
         self._pictures.goes_on_from(step)
         if is_new and self._chosen.graph:
             model = self._watched.stepper.model
-            self._log("graph", tag="model", late=graph(model, lambda: self._watched.forward(self._example(2))))
+            example = self._example(2)
+            self._log("graph", tag="model", late=graph(model, lambda: self._watched.forward(example)))
         if is_new and self._chosen.profile:
             self._last_profiled = step + _BEFORE_PROFILE + self._chosen.profile
             self.next_step = step + _BEFORE_PROFILE
@@ -204,14 +207,15 @@ class Watching:
                 self._log("histogram", tag=tag, late=late)
             if self._watched.is_own_step:
                 return
-            found = activities(model, lambda: self._watched.forward(self._example(_EXAMPLES)))
+            example = self._example(_EXAMPLES)
+            found = activities(model, lambda: self._watched.forward(example))
             for name, activity in found.items():
                 self._log("histogram", tag=f"activations/{name}", late=activity.histogram)
             dead = as_numbers({name: activity.dead_fraction for name, activity in found.items()})
             self._raise(self.alerts.dead(dead))
 
     def _example(self, most: int) -> Batch:
-        return {name: _few(value, most) for name, value in self._watched.example.items()}
+        return self._watched.mover({name: _few(value, most) for name, value in self._watched.example.items()})
 
     # --- alerts
 

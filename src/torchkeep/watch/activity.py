@@ -14,8 +14,8 @@ from .histograms import histogram
 from .media import Late
 
 _RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Threshold)
-_ACTIVATIONS = (*_RECTIFIERS, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Hardtanh, nn.Mish, nn.Softplus,
-                nn.Tanh, nn.Sigmoid, nn.GLU)  # fmt: skip
+_ACTIVATIONS = (*_RECTIFIERS, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Hardtanh, nn.Mish,
+                nn.Softplus, nn.Tanh, nn.Sigmoid, nn.GLU)  # fmt: skip
 _ENOUGH = 16  # samples: of features of which each is 0 nine times in ten, a fifth are 0 sixteen times
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding, nn.MultiheadAttention)
 

@@ -64,7 +64,8 @@ def _put_back(now: dict[str, Any], was: dict[str, Any]) -> None:
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
     """What torch.compile has made cannot be followed, and does not see hooks."""
     if "torch._dynamo" in sys.modules:  # nothing has been compiled without it, and it takes a second to load
-        return torch.compiler.set_stance("force_eager")
+        eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
     return contextlib.nullcontext()
 
 

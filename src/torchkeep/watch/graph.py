@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -53,6 +54,8 @@ def graph(model: nn.Module, call: Callable[[], Any]) -> Graph:
     """The graph of ``model`` from one forward, which ``call`` makes. Nothing of the model is changed."""
     model = plain(model)
     scopes = _Scopes(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        return Graph(_modules(model, []), "modules", "what is scripted cannot be followed")
     try:
         with borrowed(model), scopes, _Following(scopes) as seen:
             output = call()
@@ -77,6 +80,8 @@ class _Scopes:
 
     def __enter__(self) -> _Scopes:
         for module in self._model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it takes no hooks
             self._hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._finish, always_call=True))
         return self
@@ -176,7 +181,7 @@ class _Following(TorchFunctionMode):
 def _memory(tensor: Tensor) -> int:
     """What names the memory of a tensor; one without such memory, a sparse one for example, shares it with none."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return -1 - id(tensor)
 

@@ -401,7 +401,8 @@ def test_hostile_json_is_refused(place: Path, case: str) -> None:
             reader_from_json(changed, blobs)
         assert caught.value.where.startswith("how inputs are read"), path
         assert len(str(caught.value)) < 2000, path
-    for other in (None, [], 1, "x", {}, {"kind": "image"}):
+    others: list[Any] = [None, [], 1, "x", {}, {"kind": "image"}]
+    for other in others:
         with pytest.raises(PackageError):
             reader_from_json(other, blobs)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchkeep.contracts import Json
 from torchkeep.errors import ModelError
@@ -250,6 +251,21 @@ def test_sizes_that_the_code_fixes_are_stated_and_kept() -> None:
     assert export_graph(nn.ReLU(), (numbers(3, 4),), dynamic_batch=False)[0]["batch"] == 3
 
 
+class Sized(nn.Module):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Any:
+        return x * len(x) * scale, len(x)
+
+
+def test_a_size_among_the_outputs_is_no_constant_for_other_sizes() -> None:
+    graph, tensors = export_graph(Sized(), (numbers(3, 4), 2.0))
+    assert graph["batch"] == 3
+    again = read_back(graph, tensors)
+    assert again(numbers(3, 4))[1] == again(numbers(3, 4), 2.0)[1] == 3
+    assert torch.equal(again(x=numbers(3, 4))[0], numbers(3, 4) * 6)
+    with pytest.raises(ModelError, match="takes other inputs"):
+        again(numbers(3, 4), 3.0)
+
+
 def test_the_longest_text_is_stated() -> None:
     hub = pytest.importorskip("transformers")
     config = hub.BertConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -387,17 +403,31 @@ HOSTILE_NODES: dict[str, Json] = {
     "sdpa": node("aten.scaled_dot_product_attention.default", X, X, X, None, 0.5),
     "lstm": node("aten.lstm.input", X, [X, X], [X], True, 1, 0.5, True, False, True),
     "statistics": node("aten.batch_norm.default", X, None, None, X, X, True, 0.1, 1e-5, True),
+    "variance": node("aten.batch_norm.default", X, None, None, None, X, True, 0.1, 1e-5, True),
     "long text": node("aten.einsum.default", "i" * 201, [X]), "item of tensor": node("item", X, 0),
     "memory format": node("aten.contiguous.default", X, memory_format={"$memory_format": "__class__"}),
 }  # fmt: skip
+
+
+class Watched(TorchDispatchMode):
+    """Keeps the name of every operation that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran.add(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", HOSTILE_NODES)
 def test_a_node_that_is_not_allowed_is_refused_before_anything_runs(name: str) -> None:
     graph, tensors = linear()
     graph["nodes"].append(HOSTILE_NODES[name])
-    with pytest.raises(ModelError):
+    with Watched() as watched, pytest.raises(ModelError):
         GraphModel(graph, tensors)
+    assert watched.ran == set()
 
 
 def nested(depth: int) -> Json:

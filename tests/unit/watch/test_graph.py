@@ -53,6 +53,84 @@ def test_a_forward_is_followed_through_loops_dicts_and_calls_twice(tmp_path: Pat
     assert sorted(node["shapes"][0] for node in outputs) == [[3, 3], [3, 4]]
 
 
+class Writes(nn.Module):
+    def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:
+        room = torch.zeros(2, 4)
+        early = room.view(-1)
+        room[:, :2].copy_(x.exp())
+        room[0] += scale
+        other = torch.from_numpy(np.ones(8, np.float32))
+        return early.mul_(other).sum() + room.cos()
+
+
+def test_what_is_written_into_views_comes_out_of_the_others(tmp_path: Path) -> None:
+    model, x, scale = Writes(), torch.ones(2, 2), torch.ones(4)
+    facts, nodes = drawn(model, lambda: model(x, scale=scale), tmp_path)
+    assert facts["how"] == "followed", facts["note"]
+    assert nodes["Writes/copy"]["inputs"] == ["Writes/getitem", "Writes/exp"]
+    assert nodes["Writes/getitem_1"]["inputs"] == ["Writes/copy"]
+    assert nodes["Writes/add"]["inputs"] == ["Writes/getitem_1", "input_1"]
+    assert nodes["Writes/mul"]["inputs"] == ["Writes/setitem", "Writes/constant"]
+    assert nodes["Writes/cos"]["inputs"] == ["Writes/mul"]
+    assert sorted(name for name, node in nodes.items() if node["op"] == "input") == ["input", "input_1"]
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.inner = 0, nn.Linear(2, 2)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen = self.seen + 1
+        self.cached = x
+        return self.inner(x).relu() if self.calls < 3 else x
+
+
+def test_attributes_are_put_back_too() -> None:
+    model, x = Counts(), torch.ones(1, 2)
+    seen = model.seen
+    for look in (graph, activities):
+        look(model, lambda: model(x))
+        assert model.calls == 0
+        assert model.seen is seen
+        assert not hasattr(model, "cached")
+        assert model.training
+        assert len(model.state_dict()) == 3
+
+
+def test_a_compiled_model_is_followed_as_it_was_written(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    compiled, x = torch.compile(model, backend="eager"), torch.ones(1, 2)
+    compiled(x)
+    model[0].compile(backend="eager")
+    expected = ["input", "Sequential/0/weight", "Sequential/0/bias", "Sequential/0/linear", "Sequential/1/relu",
+                "Sequential/2/weight", "Sequential/2/bias", "Sequential/2/linear", "output"]  # fmt: skip
+    for one in (compiled, model):
+        facts, nodes = drawn(compiled, lambda one=one: one(x), tmp_path)  # type: ignore[misc]
+        assert facts["how"] == "followed", facts["note"]
+        assert list(nodes) == expected
+    assert list(activities(compiled, lambda: compiled(x))) == ["1"]
+
+
+def test_of_too_many_operations_the_modules_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchkeep.watch.graph._MOST_NODES", 10)
+    facts, nodes = drawn(model := Body(), lambda: model(torch.ones(3, 4)), tmp_path)
+    assert (facts["how"], facts["note"]) == ("modules", "more than 10 operations")
+    assert list(nodes) == ["Body/norm", "Body/first", "Body/drop"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_part_is_a_gap_and_a_scripted_whole_its_modules(tmp_path: Path) -> None:
+    scripted, x = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))), torch.ones(2, 2)
+    facts, nodes = drawn(model := nn.Sequential(nn.Linear(2, 2), scripted, nn.ReLU()), lambda: model(x), tmp_path)
+    assert facts["how"] == "followed", facts["note"]
+    assert nodes["Sequential/2/relu"]["inputs"] == ["Sequential/2/constant"]
+    assert drawn(scripted, lambda: scripted(x), tmp_path)[0]["how"] == "modules"
+    assert all(module.training for module in model.modules())
+
+
 def test_nothing_of_the_model_is_changed(tmp_path: Path) -> None:
     model = Body()
     model.first.eval()
@@ -119,4 +197,5 @@ def test_units_that_never_answer_are_counted() -> None:
     assert list(found) == ["1", "3"]
     assert as_numbers({name: one.dead_fraction for name, one in found.items()}) == {"1": 0.75}
     assert found["1"].histogram.settle(MediaStore(Path()))["num"] == 16 * 8
+    assert activities(model, lambda: model(torch.rand(15, 3)))["1"].dead_fraction is None
     assert list(activities(nn.Sequential(plain := nn.Linear(2, 2)), lambda: plain(torch.ones(1, 2)))) == ["0"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from torchkeep.watch.system import Sensors, System
 
@@ -43,3 +46,26 @@ def test_a_sensor_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     found = sensors.read()
     assert "system/memory_bytes" in found
     assert "system/disk_free_bytes" not in found
+
+
+def test_the_gpu_that_is_used_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetUtilizationRates=lambda board: SimpleNamespace(gpu=50 if board == "GPU-1" else 0),
+        nvmlDeviceGetTemperature=lambda board, where: 60,
+        NVML_TEMPERATURE_GPU=0,
+    )  # its power is not known: what fails last takes nothing away
+    monkeypatch.setitem(sys.modules, "pynvml", boards)
+    sensors = Sensors(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert not [tag for tag in sensors.read() if "gpu" in tag]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 100 * device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device))
+    found = sensors.read()
+    assert found["system/gpu_memory_allocated_bytes"] == 100
+    assert found["system/gpu_utilisation_fraction"] == 0.5
+    assert "system/gpu_power_watts" not in found

@@ -266,7 +266,7 @@ class _Numbers:
 
 def _number(tag: str, value: Any) -> Any:
     try:
-        return float(value.detach() if hasattr(value, "detach") else value)
+        return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError):
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
         raise SettingsError(

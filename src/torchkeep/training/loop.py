@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import signal
 import time
@@ -34,6 +33,7 @@ from ..model.freeze import FreezePlan, begin_training
 from ..watch.console import Console
 from ..watch.recorder import Recorder
 from ..watch.trainable import show_trainable
+from .collecting import Collector, old_objects_left_alone
 from .evaluate import Evaluation
 from .metrics import Adapted, Metric
 from .optim import Average
@@ -116,6 +116,7 @@ class Training:
         self._plan_log_points()
         self._last_indices: list[Tensor] = []
         self._tags: dict[str, str] = {}
+        self._collector = Collector()
         self._trained_s, self._trained_samples, self._trained_steps = 0.0, 0, 0
         every = settings.checkpoint.every
         self._save_steps = every if isinstance(every, int) else None
@@ -147,7 +148,7 @@ class Training:
             self._show_trainable(is_new=self._last_saved_step < 0)
         if self.watching is not None:
             self.watching.begin(is_new=self._last_saved_step < 0)
-        with self.signals, _old_objects_left_alone():
+        with self.signals, old_objects_left_alone():
             try:
                 self._run_epochs()
             except Exception as error:
@@ -168,7 +169,8 @@ class Training:
         while self.clock.epoch < epochs and self.clock.step < self.total_steps and not self._is_stopped:
             started = time.perf_counter()
             self._choose_loaders()
-            finished = self._epoch()
+            with self._collector:
+                finished = self._epoch()
             elapsed_s = time.perf_counter() - started
             self._measure_gain(elapsed_s)
             self._end_epoch(finished, elapsed_s)
@@ -209,6 +211,8 @@ class Training:
             now = time.perf_counter()
             if now >= self._next_tick:
                 self._tick(now)
+            if now >= self._collector.next_s:
+                self._collector.collect()
             if clock.step >= self._next_look:
                 self._look()
             if clock.step == last_of_epoch:
@@ -556,16 +560,6 @@ class Training:
         left = (self.settings.train.epochs - self.clock.epoch) * self.steps_per_epoch
         self.total_steps = min(self.clock.step + left, self.settings.train.max_steps or self.clock.step + left)
         self.stepper.optimizers.total_steps = self.total_steps
-
-
-@contextlib.contextmanager
-def _old_objects_left_alone() -> Iterator[None]:
-    """Have the garbage collector look at what the training makes only: a million older objects take it 0.1 s a time."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def load_model(model: torch.nn.Module, tensors: dict[str, Any]) -> None:

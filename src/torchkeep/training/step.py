@@ -170,7 +170,7 @@ class Stepper:
                 gradients.backward(loss, self.optimizers.scaler, len(batch[INDEX]) / samples)
             losses.append(loss.detach() * (len(batch[INDEX]) / samples))
         if not context.used_backward:
-            extras = {**(extras or {}), **(self._update() or {})}
+            extras = {**extras, **more} if (more := self._update()) and extras else more or extras
         return StepResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), samples, extras)
 
     def context(self, training: bool, parts: int = 1) -> Context:
@@ -243,8 +243,10 @@ def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
         if name in _NOT_LOGGED:
             continue
         if isinstance(value, Tensor):
-            if value.numel() == 1:  # most are plain already: each call that is left out counts with 20 of them a step
-                extras[name] = value.detach().reshape(()) if value.requires_grad or value.ndim else value
+            if value.is_cpu and not value.ndim:
+                extras[name] = value.item()  # costs least while it is at hand; a GPU is read later
+            elif value.numel() == 1:
+                extras[name] = value.detach().reshape(())
         elif isinstance(value, (int, float)):
             extras[name] = float(value)
     return loss.reshape(()), extras

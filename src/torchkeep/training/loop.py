@@ -318,8 +318,8 @@ class Training:
         values = {"train/loss": point.loss_sum / point.samples, **point.rates}
         if point.extras:
             tags = self._tags
-            for name in point.extras.keys() - tags.keys():
-                tags[name] = f"train/{name}"
+            if not all(map(tags.__contains__, point.extras)):
+                tags.update({name: f"train/{name}" for name in point.extras})
             values.update(zip(map(tags.__getitem__, point.extras), point.extras.values(), strict=True))
         self.metrics["train/loss"] = values["train/loss"]
         self.recorder.log("scalars", **point.clock, values=values)

@@ -147,6 +147,8 @@ class _Sent:
 
 def _read(extras: dict[str, Tensor | float], numbers: list[float]) -> dict[str, float]:
     """What a step has logged, with the numbers that came from the device in place of its tensors."""
+    if not numbers:
+        return extras  # type: ignore[return-value]  # all are numbers already
     if len(numbers) == len(extras):
         return dict(zip(extras, numbers, strict=True))
     rest = iter(numbers)

@@ -18,12 +18,13 @@ _MOST_CURVES = 10
 class Seen:
     """Gathers on the device while an evaluation goes on; read once at its end.
 
-    ``held`` has of its first ``most`` samples "index" (N,), "output" (N, …), "truth" (N, …), and under "shown" what the
-    batches have at the key ``shown``, as it was read; empty where output or target are no single tensor.
+    ``held`` has of ``most`` samples, one in ``stride``, "index" (N,), "output" (N, …) and "truth" (N, …), and under
+    "shown" what the batches have at the key ``shown``, as read; empty where output or target are no single tensor.
     """
 
-    def __init__(self, most: int, shown: str | None = None):
-        self.most = most
+    def __init__(self, most: int, shown: str | None = None, stride: int = 1):
+        self.most, self._stride = most, stride
+        self._passed = 0
         self.held: dict[str, Tensor] = {}
         self._shown = shown
         self._counts = ClassCounts("confusion")
@@ -46,10 +47,12 @@ class Seen:
                 self._add_curves(output.detach(), target)
 
     def _hold(self, parts: dict[str, Tensor]) -> None:
-        num_held = len(self.held["index"]) if self.held else 0
-        if num_held >= self.most or len({len(part) for part in parts.values()}) > 1:
+        room = self.most - (len(self.held["index"]) if self.held else 0)
+        first = -self._passed % self._stride
+        self._passed += len(parts["index"])
+        if room <= 0 or first >= len(parts["index"]) or len({len(part) for part in parts.values()}) > 1:
             return
-        new = {name: part[: self.most - num_held].clone() for name, part in parts.items()}
+        new = {name: part[first :: self._stride][:room].clone() for name, part in parts.items()}
         if not self.held:
             self.held = new
         elif self.held.keys() == new.keys() and all(self.held[k].shape[1:] == new[k].shape[1:] for k in new):

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..contracts import INDEX, Batch, Clock, Decision, Field, Schema
+from ..contracts import Batch, Clock, Decision, Field, Schema
 from ..data.loader import Loader
 from ..errors import StorageError
 from ..model.freeze import learning
@@ -101,7 +101,7 @@ class Watching:
         wanted: Wanted = "auto" if chosen.histograms == "off" else chosen.histograms
         self._histograms = Due("histograms", "monitor.histograms", wanted, steps, periods.get("histograms"))
         self._pictures = Due("pictures", "monitor.images", "auto", steps, periods.get("pictures"))
-        self._first: Batch | None = None
+        self._pictured: Tensor | None = None
         self._profile: Any = None
         self._last_profiled = 0
         self.next_step = _NEVER
@@ -146,8 +146,14 @@ class Watching:
 
     def gatherer(self) -> Seen | None:
         """What gathers at the evaluation that comes now, where something of it is to be shown."""
-        is_due = self._chosen.images and self._pictures.is_due(self._watched.clock.step)
-        return Seen(self._chosen.images, self._picture_key()) if is_due else None
+        most, valid = self._chosen.images, self._watched.valid
+        if not most or valid is None or not self._pictures.is_due(self._watched.clock.step):
+            return None
+        try:
+            stride = max(1, len(valid.dataset) // most)  # from all of the split: its files lie by class
+        except TypeError:  # a stream
+            stride = 1
+        return Seen(most, self._picture_key(), stride)
 
     def show_seen(self, seen: Seen, split: str, step_s: float) -> None:
         """Record what an evaluation has gathered."""
@@ -182,13 +188,10 @@ class Watching:
         key, valid = self._picture_key(), self._watched.valid
         if key is None or "shown" in seen.held:
             return seen.held.get("shown")
-        if self._first is None and valid is not None:  # features were evaluated: what they are of is read once
-            self._first = {name: valid.peek()[name][: seen.most].clone() for name in (key, INDEX)}
-        if self._first is None:
-            return None
-        places = {index: place for place, index in enumerate(self._first[INDEX].tolist())}
-        rows = [places.get(index, -1) for index in seen.held["index"].tolist()]
-        return self._first[key][rows] if -1 not in rows else None
+        if self._pictured is None and valid is not None:  # features were evaluated: what they are of is read once
+            with suppress(Exception):  # a sample that cannot be read, or is of another size
+                self._pictured = torch.stack([valid.dataset[i][key] for i in seen.held["index"].tolist()])
+        return self._pictured
 
     # --- histograms
 

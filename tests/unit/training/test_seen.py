@@ -28,6 +28,17 @@ def test_the_first_samples_are_held_in_order() -> None:
     assert torch.equal(seen.held["truth"], target[:10])
 
 
+def test_samples_are_taken_from_all_of_a_split() -> None:
+    output, target = torch.randn(50, 3), torch.randint(0, 3, (50,))
+    for batch in (3, 7, 50):
+        seen = Seen(8, "x", stride=6)
+        for begin in range(0, 50, batch):
+            numbers = torch.arange(begin, min(begin + batch, 50))
+            seen.add({"index": numbers, "x": numbers}, output[numbers], target[numbers])
+        assert seen.held["index"].tolist() == list(range(0, 48, 6))
+        assert torch.equal(seen.held["output"], output[0:48:6])
+
+
 def test_confusion_counts_truth_by_output() -> None:
     torch.manual_seed(1)
     output, target = torch.randn(50, 4), torch.randint(0, 4, (50,))

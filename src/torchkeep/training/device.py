@@ -85,6 +85,11 @@ class _OnItsWay(dict[str, Any]):
     arrived: torch.cuda.Event
 
 
+def number_at_hand(value: Tensor) -> Tensor | float:
+    """One number as it is cheapest kept: read where it lies on the CPU, for nothing waits there; else as a tensor."""
+    return value.item() if value.is_cpu else value.detach().reshape(())
+
+
 class Mover:
     """Takes batches to the device; uint8 images become normalised float32 there, once."""
 

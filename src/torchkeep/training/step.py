@@ -15,7 +15,7 @@ from ..contracts import INDEX, Batch, Clock
 from ..errors import ModelError
 from ..model.describe import shape_text
 from .binding import Binding
-from .device import Mover, autocast
+from .device import Mover, autocast, number_at_hand
 from .metrics import Adapted, Metric
 from .mixing import Mixing
 from .movement import Movement
@@ -243,10 +243,8 @@ def split_logged(logged: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
         if name in _NOT_LOGGED:
             continue
         if isinstance(value, Tensor):
-            if value.is_cpu and not value.ndim:
-                extras[name] = value.item()  # costs least while it is at hand; a GPU is read later
-            elif value.numel() == 1:
-                extras[name] = value.detach().reshape(())
+            if not value.ndim or value.numel() == 1:
+                extras[name] = number_at_hand(value)
         elif isinstance(value, (int, float)):
             extras[name] = float(value)
     return loss.reshape(()), extras

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -77,12 +79,22 @@ def untracked_files(folder: Path, code: Json) -> Iterator[tuple[str, bytes]]:
 
 
 class EnvironmentLock:
-    """Every installed package, looked up on the thread that asks for it: that takes a tenth of a second."""
+    """Every installed package, looked up on the thread that asks for it."""
 
     def settle(self, media: object) -> dict[str, Json]:
-        found = {row.metadata["Name"]: row.version for row in metadata.distributions()}
-        lock = [f"{name}=={version}" for name, version in sorted(found.items()) if name]
-        return {"environment": {**environment(), "lock": lock}}
+        return {"environment": {**environment(), "lock": list(_installed())}}
+
+
+@cache
+def _installed() -> tuple[str, ...]:
+    # by the names of their folders: to read 200 descriptions takes importlib two thirds of a second
+    found: dict[str, str] = {}
+    for place in sys.path:
+        with contextlib.suppress(OSError):
+            for folder in sorted(Path(place).glob("*.dist-info")):
+                name, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
+                found.setdefault(name, version)
+    return tuple(f"{name}=={version}" for name, version in sorted(found.items()) if name)
 
 
 def environment() -> Json:
@@ -98,6 +110,7 @@ def environment() -> Json:
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

@@ -70,7 +70,7 @@ def run_example(name: str, place: Path) -> None:
 def test_own_objects(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_example("own_objects", place)
     assert "test digits are read wrongly" in capsys.readouterr().out
-    assert tk.runs()[0]["best"]["valid/accuracy"] > 0.95
+    assert tk.runs()[0]["best.valid/accuracy"] > 0.95
 
 
 def test_gan(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

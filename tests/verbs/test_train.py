@@ -193,7 +193,8 @@ def test_a_name_that_is_taken_gets_a_number_and_resume_auto_goes_on_with_the_new
         ("table-2", "finished", 2),
     ]
     printed = desk.say("runs").out
-    assert printed.splitlines()[0].split() == ["run", "status", "attempts", "model", "best", "began"]
+    columns = ["run", "status", "attempts", "model", "commit", "best", "began", "time"]
+    assert printed.splitlines()[0].split() == columns
     assert "table-2" in printed
     said = desk.say("runs", "nowhere")
     assert said.code == 2

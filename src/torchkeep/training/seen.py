@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import INDEX, Batch, Json
+from ..errors import ModelError
 from ..watch.curves import curves, score_counts
 from .metrics import ClassCounts
 
@@ -31,9 +32,21 @@ class Seen:
         self._curves: Tensor | None = None
 
     def add(self, batch: Batch, output: Any, target: Any) -> None:
-        """Take a batch in. Shapes: output (B, …), target (B, …); anything else is left out."""
-        if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        """Take a batch in. Shapes: output (B, …), target (B, …); anything else is left out.
+
+        What it cannot count, as a step of one's own may give, ends the gathering and never the evaluation.
+        """
+        if self._is_off or not isinstance(output, Tensor) or not isinstance(target, Tensor):
             return
+        try:
+            self._add(batch, output, target)
+        except (RuntimeError, IndexError, ValueError, ModelError):
+            self._is_off, self.held, self._curves = True, {}, None
+            self._counts.reset()
+
+    _is_off = False
+
+    def _add(self, batch: Batch, output: Tensor, target: Tensor) -> None:
         parts = {"index": batch[INDEX], "output": output.detach(), "truth": target}
         shown = batch.get(self._shown) if self._shown else None
         self._hold(parts | ({"shown": shown} if isinstance(shown, Tensor) else {}))

@@ -77,6 +77,9 @@ class Due:
     def is_due(self, step: int) -> bool:
         return step >= self._next
 
+    def give_up(self) -> None:
+        self._next = _NEVER
+
     def done(self, step: int, cost_s: float, step_s: float) -> Decision | None:
         """Note when it is due again; the decision where its period has just been set."""
         made = None
@@ -247,9 +250,18 @@ class Watching:
 
     @contextmanager
     def _within(self, due: Due, step_s: float) -> Iterator[None]:
-        """Do something expensive that is due, and set its period if this was the first time."""
+        """Do something expensive that is due, and set its period if this was the first time.
+
+        Where it fails, whatever the reason, an alert says so and it is left out from then on: the training goes on.
+        """
         began, step = time.perf_counter(), self._watched.clock.step
-        yield
+        try:
+            yield
+        except Exception as error:
+            text = f"{due.name} cannot be shown and are left out: {type(error).__name__}: {error}"
+            self._raise([Alert(due.name, "warning", text, "")])
+            due.give_up()
+            return
         if due.period is None:  # what the writer's thread does with it takes its time from the training too
             with suppress(StorageError):
                 self._recorder.flush()

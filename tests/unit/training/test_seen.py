@@ -80,3 +80,8 @@ def test_what_are_no_classes_is_left_out() -> None:
     assert nothing.held == {}
     broken = gathered(torch.full((4, 3), torch.nan), torch.tensor([0, 1, 2, -100]))
     assert broken.curves()[0]["true_positives"][0] == 0
+
+
+def test_what_cannot_be_counted_ends_the_gathering_only() -> None:
+    seen = gathered(torch.randn(12, 3), torch.tensor([0, 1, 2, 7] * 3))
+    assert (seen.held, seen.confusion(), seen.curves()) == ({}, None, [])

@@ -149,3 +149,23 @@ def test_a_planted_fault_is_an_alert(tmp_path: Path, monkeypatch: pytest.MonkeyP
     fit(tmp_path / "run", QUIET)
     alerts = [row for row in tk.read_run(tmp_path / "run") if row["kind"] == "alert"]
     assert any("disk" in row["text"] for row in alerts)
+
+
+def test_what_cannot_be_shown_never_ends_a_training(tmp_path: Path) -> None:
+    drawn = torch.Generator().manual_seed(1)
+    volumes = torch.randn(8, 1, 4, 6, 6, generator=drawn)
+    data = tk.Arrays(input=volumes, label=torch.randint(0, 3, (8, 4, 6, 6), generator=drawn))
+
+    def run(name: str, monitor: dict[str, Any]) -> tk.Run:
+        torch.manual_seed(0)
+        model = nn.Conv3d(1, 3, 3, padding=1)
+        return tk.fit(
+            model, data, data, loss=nn.CrossEntropyLoss(), epochs=3, batch_size=4, run_dir=tmp_path / name,
+            quiet=True, monitor={"views": [], **monitor},
+        )  # fmt: skip
+
+    shown = run("shown", {})
+    assert shown.sha256() == run("still", QUIET).sha256()
+    alerts = [row for row in tk.read_run(shown.dir) if row["kind"] == "alert" and row["name"] == "pictures"]
+    assert len(alerts) == 1
+    assert "cannot be shown" in alerts[0]["text"]

@@ -88,8 +88,8 @@ class RunFolder:
         """What became of the run: from its last record, and from whether a process holds it."""
         if FolderLock.is_held(self.path):
             return "running"
-        last = _last_line(self.records)
-        if last is None or last.get("kind") != "run_end":
+        last = _last_turn(self.records)
+        if last is None or last["kind"] != "run_end":
             return "killed"
         status: Status = last.get("status", "killed")
         return status
@@ -126,7 +126,8 @@ def list_runs(parent: Path) -> list[RunFolder]:
     return sorted(found, key=lambda run: run.run_file.stat().st_mtime)
 
 
-def _last_line(path: Path) -> dict[str, Any] | None:
+def _last_turn(path: Path) -> dict[str, Any] | None:
+    """How the run last began or ended. Threads that look at the machine or feed a view may record after its end."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
@@ -139,5 +140,6 @@ def _last_line(path: Path) -> dict[str, Any] | None:
             row = orjson.loads(line)
         except orjson.JSONDecodeError:
             continue
-        return row if isinstance(row, dict) else None
+        if isinstance(row, dict) and row.get("kind") in ("run_end", "attempt_start"):
+            return row
     return None

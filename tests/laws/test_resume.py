@@ -26,7 +26,8 @@ from torch.utils.data import TensorDataset
 
 import torchkeep as tk
 from torchkeep.folder import RunFolder
-from torchkeep.watch.records import next_attempt, read_scalars
+from torchkeep.watch.reading import RunRecord
+from torchkeep.watch.records import next_attempt
 
 X = torch.randn(45, 6, generator=torch.Generator().manual_seed(1))
 Y = (X[:, :3].sum(1) > X[:, 3:].sum(1)).long()
@@ -359,7 +360,7 @@ def test_what_is_set_on_a_resume_holds_and_is_remembered(tmp_path: Path, monkeyp
     run = tk.train(recipe, quiet=True)
     tk.resume(run.dir, set=["train.epochs=2", "optimizer.learning_rate=0.5", "optimizer.weight_decay=0.2"], quiet=True)
     again = tk.resume(run.dir, set=["train.epochs=3"], quiet=True)
-    rates = [row["value"] for row in read_scalars(run.dir / "records.jsonl") if row["tag"] == "train/learning_rate"]
+    rates = RunRecord(run.dir / "records.jsonl").scalars(["train/learning_rate"])["value"].to_pylist()
     assert rates == [0.01, 0.5, 0.5]
     saved = tk.Checkpoints(run.dir / "checkpoints")
     groups = saved.load(saved.latest())["optimizer"]["optimizers"]["main"]["param_groups"]

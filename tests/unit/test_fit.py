@@ -21,7 +21,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 import torchkeep as tk
 from torchkeep.errors import ModelError, SettingsError
-from torchkeep.watch.records import read_records, read_scalars
+from torchkeep.watch.reading import RunRecord
+from torchkeep.watch.records import read_records
 
 Fit = Callable[..., tk.Run]
 
@@ -51,7 +52,7 @@ def net(seed: int = 0, out: int = NUM_CLASSES, dropout: float = 0.0) -> nn.Seque
 
 
 def losses(run: tk.Run, tag: str = "train/loss") -> list[float]:
-    return [row["value"] for row in read_scalars(run.dir / "records.jsonl") if row["tag"] == tag]
+    return RunRecord(run.dir / "records.jsonl").scalars([tag])["value"].to_pylist()
 
 
 def rates(run: tk.Run) -> list[float]:
@@ -893,7 +894,7 @@ def test_a_run_folder_that_exists_is_never_written_again(fit: Fit) -> None:
 def test_a_run_cut_off_by_max_steps_is_evaluated_there(fit: Fit) -> None:
     run = fit(net(), None, TensorDataset(X, Y), epochs=9, checkpoint={"every": 2},
               settings={"train": {"max_steps": 6}})  # fmt: skip
-    assert [row["step"] for row in read_scalars(run.dir / "records.jsonl") if row["tag"] == "valid/loss"] == [4, 6]
+    assert RunRecord(run.dir / "records.jsonl").scalars(["valid/loss"])["step"].to_pylist() == [4, 6]
     assert "valid/loss" in run.best.metrics
     saved = tk.Checkpoints(run.dir / "checkpoints").latest()
     assert saved is not None

@@ -158,6 +158,9 @@ class Training:
                 if isinstance(error, TorchkeepError) and error.exit_code == EXIT_BAD_INPUT:
                     error.exit_code = EXIT_FAILED  # what was written by now stands
                 raise
+            finally:
+                if self.watching is not None:
+                    self.watching.end()
         return "stopped early" if self._is_stopped else "finished"
 
     def _run_epochs(self) -> None:

@@ -106,7 +106,7 @@ class Watching:
         self._pictures = Due("pictures", "monitor.images", "auto", steps, periods.get("pictures"))
         self._pictured: Tensor | None = None
         self._profile: Any = None
-        self._last_profiled = 0
+        self._first_profiled = self._last_profiled = 0
         self.next_step = _NEVER
 
     def begin(self, is_new: bool) -> None:
@@ -132,18 +132,22 @@ class Watching:
         """To be called once ``next_step`` is reached."""
         step = self._watched.clock.step
         if step < self._last_profiled:
-            self._profile = torch.profiler.profile()
+            self._profile, self._first_profiled = torch.profiler.profile(), step + 1
             self._profile.start()
             self.next_step = self._last_profiled
             return
-        if self._profile is not None:
-            self._profile.stop()
-            first = step - self._chosen.profile + 1
-            self._log("profile", late=Medium(_trace(self._profile), ".json", {"first_step": first, "last_step": step}))
-            self._profile = None
+        self.end()
         if isinstance(self._chosen.histograms, int) and self._histograms.is_due(step):
             self._log_histograms(step_s)
         self._wait_for_step()
+
+    def end(self) -> None:
+        """Record the trace that is under way, however few steps it has seen."""
+        profile, self._profile = self._profile, None
+        if profile is not None:
+            profile.stop()
+            steps = {"first_step": self._first_profiled, "last_step": self._watched.clock.step}
+            self._log("profile", late=Medium(_trace(profile), ".json", steps))
 
     # --- pictures
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..contracts import Json
-
 _EXPLODED = 100.0  # times the median of the norms before: spikes of healthy runs stay below
 _HUGE_NORM = 1e6
 _NOT_FINITE = 2  # readings: a loss scaler of fp16 finds its scale by one that is not, and skips its step
@@ -54,18 +52,6 @@ class Alerts:
         self._first_norm: float | None = None
         self._first_loss: float | None = None
         self._waits: deque[float] = deque(maxlen=_WINDOWS)
-
-    def state_dict(self) -> Json:
-        return {
-            "said": dict(self._said), "norms": list(self._norms), "not_finite": self._not_finite,
-            "first_norm": self._first_norm, "first_loss": self._first_loss, "waits": list(self._waits),
-        }  # fmt: skip
-
-    def load_state_dict(self, state: Json) -> None:
-        self._said, self._norms = dict(state["said"]), deque(state["norms"], _KEPT)
-        self._not_finite = state["not_finite"]
-        self._first_norm, self._first_loss = state["first_norm"], state["first_loss"]
-        self._waits = deque(state["waits"], _WINDOWS)
 
     def after_reading(self, values: Mapping[str, float], step: int) -> list[Alert]:
         """What the numbers of a log point say: "train/loss", "train/gradient_norm"."""

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import groupby, islice
 from operator import itemgetter
@@ -193,7 +194,7 @@ def _make(told: dict[str, Any]) -> Attempts:
     return sender
 
 
-class Attempts:
+class Attempts(ABC):
     """What senders have in common: each attempt is a run at the server, sent whole whatever became of earlier clients.
 
     ``live`` is the attempt that runs; -1 where none does, and all are looked at again. A sender has ``begin``, which
@@ -207,14 +208,14 @@ class Attempts:
         self.attempt = self.seq = -1
         self.is_open = False
 
-    def begin(self, first: Record) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def begin(self, first: Record) -> bool: ...
 
-    def send(self, records: list[Record]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def send(self, records: list[Record]) -> None: ...
 
-    def end(self, is_whole: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def end(self, is_whole: bool) -> None: ...
 
     def write(self, records: list[Record]) -> None:
         for attempt, group in groupby(records, itemgetter("attempt")):
@@ -224,7 +225,7 @@ class Attempts:
             if self.is_open:
                 self.send([record for record in part if record["seq"] > self.seq])
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - a sender may have something that waits
         """Nothing waits here."""
 
     def close(self) -> None:

@@ -114,6 +114,8 @@ class Feed:
             self._wake.wait(_PAUSES_S[min(self._tries, len(_PAUSES_S)) - 1] if self._tries else None)
             self._wake.clear()
             self._deliver_all()
+        if self._left_out >= _MOST_LEFT_OUT:
+            self._alert(f"{self.view.name} takes none of {_MOST_LEFT_OUT} records and is given up")
         for _ in range(_TRIES_AT_THE_END):
             if self._deliver_all():
                 break

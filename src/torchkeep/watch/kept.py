@@ -23,7 +23,8 @@ def numbers(value: Any, where: str) -> Any:
             value = getattr(value, "to_local", lambda: value)().detach().resolve_neg()
             if value.is_complex() or value.is_quantized or value.is_meta:
                 raise TypeError(f"a tensor of {value.dtype} on {value.device}")
-            return value if str(value.layout) == "torch.strided" else value.to_dense()
+            value = value if str(value.layout) == "torch.strided" else value.to_dense()
+            return _usual(value)
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise TypeError(f"{type(value).__name__} of {array.dtype}")
@@ -33,6 +34,16 @@ def numbers(value: Any, where: str) -> Any:
             "these are no numbers that can be shown", where=where, got=str(error)[:300],
             expected="a tensor, an array or nested lists of real numbers",
         ) from None  # fmt: skip
+
+
+def _usual(value: Any) -> Any:
+    """Of a type that torch can compare and sort: float8 as float32, what is unsigned beyond a byte as signed."""
+    name = str(value.dtype).removeprefix("torch.")
+    if name.startswith("float8"):
+        return value.float()
+    if name == "uint64":
+        return value.double()
+    return value.long() if name in ("uint16", "uint32") else value
 
 
 class Kept:

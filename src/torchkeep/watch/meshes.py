@@ -150,7 +150,7 @@ def _finite(part: _Part, hue: tuple[int, int, int]) -> tuple[Array, Array, Array
 def _shades(kept: Kept) -> Array:
     values: Any = kept.array()[..., :3]
     if values.dtype.kind == "f":
-        values = np.nan_to_num(values)
+        values = np.nan_to_num(values).clip(0)
         values = (values * 255).round() if values.max(initial=0) <= 1 else values
     return np.asarray(np.clip(values, 0, 255).astype(np.uint8))
 

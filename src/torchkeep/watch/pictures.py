@@ -233,7 +233,7 @@ def _planes(true: Any, found: Any) -> tuple[Any, Any]:
     if "float" not in str(true.dtype):
         true = true[:, 0] if true.ndim == 4 and true.shape[1] == 1 else true
         if have == 4 and found.shape[1] > 1:
-            found = found.argmax(1)
+            found = (found * 1).argmax(1)  # truths too have a largest
         elif have >= 3:
             found = found[:, 0] if have == 4 else found
             found = found > 0 if "float" in str(found.dtype) else found

@@ -169,16 +169,6 @@ def superseded_after(path: Path) -> dict[int, float]:
     return last
 
 
-def read_scalars(path: Path, kinds: Collection[str] = DETERMINISTIC_KINDS) -> list[Record]:
-    """Rows {tag, value, step, epoch, samples, attempt, time} that are not superseded, in the order of writing."""
-    shared = ("step", "epoch", "samples", "attempt", "time")
-    return [
-        {"tag": tag, "value": value, **{key: record[key] for key in shared}}
-        for record in kept_records(path, kinds)
-        for tag, value in record["values"].items()
-    ]
-
-
 def canonical(path: Path) -> bytes:
     """The deterministic records without time and attempt: equal for a run killed any number of times and one never."""
     lines = []

@@ -169,3 +169,9 @@ def test_what_cannot_be_shown_never_ends_a_training(tmp_path: Path) -> None:
     alerts = [row for row in tk.read_run(shown.dir) if row["kind"] == "alert" and row["name"] == "pictures"]
     assert len(alerts) == 1
     assert "cannot be shown" in alerts[0]["text"]
+
+
+def test_a_trace_that_the_end_cuts_short_is_recorded(tmp_path: Path) -> None:
+    fit(tmp_path / "run", {**QUIET, "profile": 500})
+    (row,) = [row for row in tk.read_run(tmp_path / "run") if row["kind"] == "profile"]
+    assert (row["first_step"], row["last_step"]) == (11, 15)

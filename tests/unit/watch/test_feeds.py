@@ -125,10 +125,12 @@ def test_a_view_that_hangs_is_left_behind(tmp_path: Path) -> None:
 def test_a_view_that_takes_nothing_at_all_is_given_up(tmp_path: Path) -> None:
     view = Shown()
     view.refuses = set(range(10_000))
-    recorder = Recorder(tmp_path / "r", attempt=0, views=[view])
+    alerts: list[str] = []
+    recorder = Recorder(tmp_path / "r", attempt=0, views=[view], on_alert=alerts.append)
     log(recorder, range(2000))
     recorder.close()
     assert recorder.view_errors < 300
+    assert alerts[-1] == "shown takes none of 100 records and is given up"
 
 
 def test_what_cannot_be_drawn_becomes_an_alert(tmp_path: Path) -> None:

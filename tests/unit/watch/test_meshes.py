@@ -170,3 +170,9 @@ def test_the_mesh_is_that_of_the_call(tmp_path: Path) -> None:
     late = mesh(vertices)
     vertices.fill_(1)
     assert not load(media.read(late.settle(media)["media"]))["vertices"].any()
+
+
+def test_colors_far_below_none_are_none(tmp_path: Path) -> None:
+    media = MediaStore(tmp_path)
+    told = mesh(np.zeros((2, 3)), colors=np.array([[-3e38, 0.5, 1], [0, 0, 1]], np.float32)).settle(media)
+    assert load(media.read(told["media"]))["colors"].tolist() == [[0, 128, 255], [0, 0, 255]]

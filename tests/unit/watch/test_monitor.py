@@ -13,7 +13,8 @@ from torch import nn
 
 import torchkeep as tk
 from torchkeep.errors import RunFolderError, SettingsError, TorchkeepError
-from torchkeep.watch.records import canonical, read_scalars
+from torchkeep.watch.reading import RunRecord
+from torchkeep.watch.records import canonical
 
 
 def kinds(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -74,7 +75,7 @@ def test_without_a_step_it_goes_on_behind_the_last(tmp_path: Path) -> None:
         with tk.Monitor(tmp_path / "run", views=[]) as monitor:
             for step in range(first, first + 5):
                 monitor.log(step, loss=1.0)
-    assert [row["step"] for row in read_scalars(tmp_path / "run" / "records.jsonl")] == list(range(1, 11))
+    assert RunRecord(tmp_path / "run" / "records.jsonl").scalars()["step"].to_pylist() == list(range(1, 11))
 
 
 def test_two_processes_never_write_one_record(tmp_path: Path) -> None:

@@ -319,3 +319,10 @@ def test_what_is_no_figure_is_refused() -> None:
     for wrong in (None, "figure", Broken()):
         with pytest.raises(DataError, match="figure"):
             figure(wrong)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.float8_e5m2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_masks_of_any_type_are_shown(kind: torch.dtype, channels: int, tmp_path: Path) -> None:
+    output = torch.randint(0, 2, (2, channels, 6, 6)).to(kind)
+    shown(tmp_path, prediction(torch.rand(2, 3, 6, 6), torch.randint(0, 2, (2, 6, 6)), output))

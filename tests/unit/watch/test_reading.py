@@ -11,7 +11,7 @@ import pytest
 from torchkeep import read_run
 from torchkeep.errors import RunFolderError
 from torchkeep.watch.recorder import Recorder
-from torchkeep.watch.records import read_scalars, records_of
+from torchkeep.watch.records import kept_records, records_of
 
 
 def attempt(folder: Path, number: int, first: int, last: int) -> None:
@@ -37,7 +37,12 @@ def test_the_table_holds_each_number_once(run: Path) -> None:
     table = read_run(run).scalars()
     rows = table.to_pylist()
     assert [row["step"] for row in rows if row["tag"] == "train/loss"] == list(range(1, 11))
-    wanted = read_scalars(run / "records.jsonl")
+    shared = ("step", "epoch", "samples", "attempt", "time")
+    wanted = [
+        {"tag": tag, "value": value, **{key: record[key] for key in shared}}
+        for record in kept_records(run / "records.jsonl", ["scalars"])
+        for tag, value in record["values"].items()
+    ]
     assert [{**row, "value": repr(row["value"])} for row in rows] == [
         {**row, "value": repr(float(row["value"]))} for row in wanted
     ]

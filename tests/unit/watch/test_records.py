@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from torchkeep.errors import RunFolderError
+from torchkeep.folder import RunFolder
 from torchkeep.watch.media import MediaStore
 from torchkeep.watch.monitor import MonitorSettings
+from torchkeep.watch.reading import RunRecord
 from torchkeep.watch.recorder import Recorder
 from torchkeep.watch.records import (
     canonical,
@@ -24,7 +26,6 @@ from torchkeep.watch.records import (
     kept_records,
     next_attempt,
     read_records,
-    read_scalars,
 )
 
 
@@ -50,7 +51,7 @@ def test_a_run_of_many_attempts_is_one_run(tmp_path: Path) -> None:
         train(tmp_path / "torn", first, last)
     assert canonical(tmp_path / "torn") == canonical(tmp_path / "whole")
     assert canonical(tmp_path / "whole").count(b"\n") == 1 + 30 + 6
-    steps = [row["step"] for row in read_scalars(tmp_path / "torn") if row["tag"] == "train/loss"]
+    steps = RunRecord(tmp_path / "torn").scalars(["train/loss"])["step"].to_pylist()
     assert steps == list(range(1, 31))
     assert next_attempt(tmp_path / "torn") == 6
 
@@ -95,7 +96,14 @@ def test_a_torn_last_line_is_left_out_and_cut_by_the_next_attempt(tmp_path: Path
     assert len(list(read_records(path))) == whole
     assert next_attempt(path) == 1
     train(path, 4, 6)
-    assert [row["step"] for row in read_scalars(path) if row["tag"] == "train/loss"] == [1, 2, 3, 4, 5, 6]
+    assert RunRecord(path).scalars(["train/loss"])["step"].to_pylist() == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 @pytest.mark.parametrize("damage", [b"\0\0\0\n", b"[1]\n", b'{"kind":"scalars"}\n', b"\xff\n", b"\n"])
@@ -306,3 +314,15 @@ def test_settings() -> None:
     assert MonitorSettings().log_every is None
     with pytest.raises(ValueError, match="greater than 0"):
         MonitorSettings(log_every=0)
+
+
+def test_what_a_thread_records_after_the_end_leaves_the_run_finished(tmp_path: Path) -> None:
+    for attempt, wanted in enumerate(["finished", "failed"]):
+        recorder = Recorder(tmp_path / "records.jsonl", attempt=attempt)
+        recorder.log("attempt_start", step=0, samples=0, epoch=0, from_step=0)
+        recorder.flush()
+        assert RunFolder(tmp_path).status() == "killed"
+        recorder.log("run_end", step=1, samples=1, epoch=1, status=wanted, metrics={})
+        recorder.log("system", step=1, samples=1, epoch=1, values={"system/cpu_percent": 3.0})
+        recorder.close()
+        assert RunFolder(tmp_path).status() == wanted

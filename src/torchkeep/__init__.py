@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .data.tables import Table
     from .data.text import TextBlocks, TextFolder, TextTable
     from .errors import Interrupted, PreemptedError, TorchkeepError
+    from .handing import package
     from .history import compare, read_run, runs, sync
     from .keep.checkpoint import Checkpoints
     from .keep.generators import generator_states, set_generator_states
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from .model.freeze import FreezePlan
     from .model.weights import load_weights
     from .running import BestPoint, Run
+    from .share.package import Package, load_package, save_package
+    from .share.predict import Predictor
     from .training.survey import survey
     from .transfer import fine_tune
     from .watch.monitor import Monitor
@@ -45,6 +48,8 @@ __version__ = "0.1.0"
 _PLACES = {
     "BestPoint": "running", "Run": "running", "evaluate": "api", "fit": "api", "inspect": "api", "open_run": "api",
     "predict": "api", "resume": "api", "train": "api",
+    "Package": "share.package", "Predictor": "share.predict", "load_package": "share.package", "package": "handing",
+    "save_package": "share.package",
     "compare": "history", "read_run": "history", "runs": "history", "sync": "history",
     "Monitor": "watch.monitor", "SummaryWriter": "watch.writer",
     "Arrays": "data.arrays", "AudioFolder": "data.audio", "AudioTable": "data.audio", "Foreign": "data.foreign",
@@ -60,10 +65,11 @@ _PLACES = {
 
 __all__ = [
     "Arrays", "AudioFolder", "AudioTable", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "FreezePlan",
-    "HubDataset", "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Monitor", "Part",
-    "PreemptedError", "Run", "Stream", "SummaryWriter", "Table", "TextBlocks", "TextFolder", "TextTable",
-    "TorchkeepError", "compare", "evaluate", "fine_tune", "fit", "generator_states", "inspect", "load_weights",
-    "open_run", "predict", "read_run", "resume", "runs", "set_generator_states", "split", "survey", "sync", "train",
+    "HubDataset", "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Monitor", "Package",
+    "Part", "Predictor", "PreemptedError", "Run", "Stream", "SummaryWriter", "Table", "TextBlocks", "TextFolder",
+    "TextTable", "TorchkeepError", "compare", "evaluate", "fine_tune", "fit", "generator_states", "inspect",
+    "load_package", "load_weights", "open_run", "package", "predict", "read_run", "resume", "runs", "save_package",
+    "set_generator_states", "split", "survey", "sync", "train",
 ]  # fmt: skip
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 
+from . import cli_handing
 from .errors import (
     EXIT_BAD_INPUT,
-    EXIT_BAD_ROWS,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     Interrupted,
-    SettingsError,
     TorchkeepError,
 )
 
@@ -95,10 +94,20 @@ def checkpoints(run: str, as_json: bool) -> None:
 @click.argument("run", type=click.Path())
 @click.option("--replay", is_flag=True, help="Train the last stretch again and compare every bit.")
 @_TRUST
+@click.option("--base", metavar="WEIGHTS", help="What a delta package was made against.")
 @click.option("--json", "as_json", is_flag=True, help="Print lines of JSON.")
-def verify(run: str, replay: bool, trust_code: str | None, as_json: bool) -> None:
-    """Check RUN's checkpoints: every size and checksum. Exit code 1 where anything is damaged, or a replay differs."""
-    from . import api
+def verify(run: str, replay: bool, trust_code: str | None, base: str | None, as_json: bool) -> None:
+    """Check RUN's checkpoints, or a package: every size and checksum, and a package's self-test.
+
+    Exit code 1 where anything of a run is damaged, or a replay differs; 2 for a package that is refused.
+    """
+    from . import api, handing
+
+    if handing.is_package(run):
+        identity = handing.verify_package(run, base=base, trust_code=trust_code)
+        click.echo(_json_line({"path": run, "sha256": identity}) if as_json else f"{run}: whole, its self-test passed, "
+                   f"sha256 {identity}")  # fmt: skip
+        return
 
     rows = api.checkpoints(run)
     _show_checkpoints(rows, as_json)
@@ -155,49 +164,22 @@ def evaluate(run: str, data: str | None, trust_code: str | None, as_json: bool) 
 
 
 @cli.command()
-@click.argument("run", type=click.Path())
-@click.argument("files", nargs=-1, required=True)
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="A .csv or .jsonl file; the terminal without it.")
-@click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="csv without it, or by the file's ending.")
-@_TRUST
-def predict(run: str, files: tuple[str, ...], output: str | None, form: str | None, trust_code: str | None) -> None:
-    """Predict with RUN's best checkpoint: a row for each file, or for each row of a table, in order.
-
-    Exit code 3: some inputs could not be read; their rows say why.
-    """
-    from . import api
-
-    form = form or ("jsonl" if output and output.endswith(".jsonl") else "csv")
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        where = f"-o {output}"
-        raise SettingsError("the folder of the output is missing", where=where, expected="a folder that exists")
-    rows = (said.row() for said in api.predict(run, list(files), trust_code=trust_code))
-    if output is None:
-        num_bad = _write_rows(rows, sys.stdout, form)
-    else:
-        from .files import write_durable
-
-        text = _Text()
-        num_bad = _write_rows(rows, text, form)
-        write_durable(Path(output), text.text.encode())
-    if num_bad:
-        click.echo(f"{num_bad} inputs could not be read; their rows say why", err=True)
-        click.get_current_context().exit(EXIT_BAD_ROWS)
-
-
-@cli.command()
 @click.argument("source", type=click.Path())
 @_SET
 @_TRUST
 @click.option("--svg", type=click.Path(dir_okay=False), help="Draw what is frozen in a run there instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each module.")
 def inspect(source: str, assignments: tuple[str, ...], trust_code: str | None, svg: str | None, as_json: bool) -> None:
-    """Show the module tree of SOURCE (a recipe or a run's folder) with shapes and parameters."""
-    from . import api
+    """Show the module tree of SOURCE (a recipe or a run's folder), or what a package says of itself, unbuilt."""
+    from . import api, handing
     from .files import write_durable
     from .watch.console import Console
     from .watch.trainable import trainable_svg
 
+    if handing.is_package(source):
+        said = handing.described(source)
+        click.echo(_json_line(said)) if as_json else cli_handing.show_package(said)
+        return
     if svg:
         write_durable(Path(svg), trainable_svg(api.trainable(source)).encode())
         click.echo(f"what learns in {source} is drawn in {svg}")
@@ -421,37 +403,8 @@ def schema() -> None:
     click.echo(to_json(recipe_schema(), indent=True).decode(), nl=False)
 
 
-class _Text:
-    """Collects what is written, so that a file appears whole or not at all."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-
-def _write_rows(rows: Iterable[dict[str, Any]], file: IO[str] | _Text, form: str) -> int:
-    import csv
-    import itertools
-
-    rows = iter(rows)
-    first = list(itertools.islice(rows, 1))  # inputs that cannot be used at all are said before the header is out
-    num_bad = 0
-    columns = ["input", "label", "probability", "value", "error"]
-    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n") if form == "csv" else None
-    if writer is not None:
-        writer.writeheader()
-    for row in itertools.chain(first, rows):
-        num_bad += "error" in row
-        if "probability" in row:
-            row["probability"] = round(row["probability"], 6)
-        if writer is not None:
-            writer.writerow(row)
-        else:
-            file.write(_json_line(row) + "\n")
-    return num_bad
+for _command in cli_handing.COMMANDS:
+    cli.add_command(_command) if _command.name not in cli.commands else None
 
 
 def _json_line(value: Any) -> str:

@@ -150,7 +150,7 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A hidden file that takes the place of ``path`` once all is written and synced, or leaves it as it was."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with reported(path):
@@ -172,7 +172,7 @@ def write_durable(path: Path, *parts: bytes | memoryview) -> Receipt:
     Raises:  StorageError where the disk refuses; the old content then stands
     """
     digest, size = xxhash.xxh3_128(), 0
-    with _replacing(path) as file:
+    with replacing(path) as file:
         for block in _blocks(parts):
             digest.update(block)
             size += file.write(block)
@@ -297,7 +297,7 @@ def copy_file(source: Path, target: Path) -> None:
 
     Raises:  StorageError where the disk refuses
     """
-    with _replacing(target) as file, source.open("rb") as taken:
+    with replacing(target) as file, source.open("rb") as taken:
         shutil.copyfileobj(taken, file, _CHUNK_BYTES)
 
 

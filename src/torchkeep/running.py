@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from .contracts import Json, Schema
@@ -25,7 +26,10 @@ from .keep.mirror import Mirror
 from .model.build import build_model, stated
 from .model.freeze import release
 from .settings import check, override
-from .share.predict import Prediction, predict_all
+from .share.contents import contents_of
+from .share.contract import Asked, contract_of
+from .share.package import write_package
+from .share.predict import Prediction, Predictor
 from .tensors import tensor_sha256
 from .training.attempt import attempt, checkpoints_of, put
 from .training.decisions import Decisions
@@ -88,12 +92,33 @@ class Run:
         """The identity of the parameters and buffers of a checkpoint."""
         return tensor_sha256(self._checkpoints().model(self._checkpoint(which)))
 
-    def model(self, which: Literal["best", "last"] = "best") -> nn.Module:
+    def model(self, which: Literal["best", "last"] | int = "best") -> nn.Module:
         """A copy of the model with a checkpoint's parameters (or their moving average), in eval mode."""
         model = copy.deepcopy(self._prepared.work.model)
         release(model)
         put(model, self._checkpoints(), self._checkpoint(which))
         return model.eval()
+
+    def asked(
+        self, which: Literal["best", "last"] | int = "best", device: str | torch.device | None = None
+    ) -> Asked:  # fmt: skip
+        """A copy of the model with a checkpoint's parameters, to be asked with batches."""
+        settings = self._recipe.data if self._recipe is not None else None
+        return Asked(self.model(which), contract_of(self._prepared, settings), device or self._prepared.device)
+
+    def package(
+        self, path: str | Path | None = None, *, which: Literal["best", "last"] | int = "best",
+        base: str | None = None, folder: bool = False,
+    ) -> Path:  # fmt: skip
+        """Write a checkpoint's model as a package, NAME.tkp without ``path``; probabilities are calibrated on the
+        validation split. ``base``: weights, mostly those that the run began with; what is equal is left out.
+
+        Raises:  ModelError where the model has no form that can be kept; PackageError where the path is taken
+        """
+        saved = self._checkpoint(which)
+        made = contents_of(self._prepared, self._recipe, self._base, self._folder, saved, self.model(which), base)
+        place = Path(path) if path is not None else Path(self._folder.name + ("" if folder else ".tkp"))
+        return write_package(made, place, folder=folder).path
 
     def evaluate(self, data: Any = None, *, which: Literal["best", "last"] = "best") -> dict[str, float]:
         """Loss and metrics on any dataset, a path, or (without data) on the test split, else the validation split."""
@@ -102,10 +127,12 @@ class Run:
             return self._prepared.measure(dataset, split)
 
     def predict(self, inputs: Any, *, which: Literal["best", "last"] = "best") -> Iterator[Prediction]:
-        """A prediction for each input: files, folders, a table's path, a dataset, or a tensor (B, …)."""
+        """A prediction for each input: files, folders, a table's path, texts, a dataset, or a tensor (N, …)."""
+        prepared, settings = self._prepared, self._recipe.data if self._recipe else None
         with self._using(which):
-            settings = self._recipe.data if self._recipe else None
-            yield from predict_all(self._prepared, inputs, settings)
+            contract = contract_of(prepared, settings)
+            asked = Asked(prepared.work.model, contract, prepared.device, prepared.binding.call)
+            yield from Predictor(asked, collate=prepared.work.collate).stream(inputs)
 
     def _split(self, data: Any) -> tuple[str, Any]:
         work = self._prepared.work
@@ -137,8 +164,10 @@ class Run:
     def _checkpoints(self) -> Checkpoints:
         return checkpoints_of(self._prepared, self._folder)
 
-    def _checkpoint(self, which: Literal["best", "last"]) -> Saved:
+    def _checkpoint(self, which: Literal["best", "last"] | int) -> Saved:
         checkpoints = self._checkpoints()
+        if isinstance(which, int):
+            return checkpoints.at(which)
         saved = checkpoints.best() if which == "best" else checkpoints.latest()
         if saved is None:
             raise CheckpointError(
@@ -310,11 +339,16 @@ def _frozen_epoch(prepared: Prepared, found: RunFolder) -> int:
 def execute(
     work: Work, facts: Json, recipe: Recipe | None, base: Path, place: Path | None, found: RunFolder | None,
     lock: FolderLock | None, console: Console, mirror: str | Path | None, allow_change: Sequence[str] = (),
+    decided: list[Json] | None = None, until: int | None = None,
 ) -> Run:  # fmt: skip
-    """Prepare, open or make the folder, train, and say how it ended."""
+    """Prepare, open or make the folder, train, and say how it ended.
+
+    ``decided`` are another run's decisions, taken by a new one in place of its own. It ends after step ``until``, on
+    the course of one that goes on.
+    """
     began = time.time()
     recorded = found.read_run() if found else None
-    decisions = Decisions(recorded["decisions"] if recorded else None)
+    decisions = Decisions(recorded["decisions"] if recorded else decided)
     try:
         prepared = Prepared(work, decisions)
         prepared.shorten(console.say, _frozen_epoch(prepared, found) if found is not None else 0)
@@ -322,6 +356,8 @@ def execute(
         if work.settings.freeze is not None:
             release(work.model)
         raise
+    if until is not None:  # only now: schedules and the frozen part are planned for the whole course
+        prepared.total_steps = min(prepared.total_steps, until)
     work.resolved = facts.get("recipe") or facts.get("settings")
     changes = Changes()
     if found is not None and recorded is not None:

@@ -54,8 +54,10 @@ def read_reference(name: str, base: Path) -> CodeReference:
     return CodeReference(path, function, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def load_function(reference: CodeReference) -> Callable[..., Any]:
+def load_function(reference: CodeReference, *, remembers: bool = True) -> Callable[..., Any]:
     """Run the file and return the function. The caller has decided that it may run.
+
+    Without ``remembers`` the file does not come onto this machine's list: where it lies has no meaning.
 
     Raises:  ModelError if the file fails, or has no such function
     """
@@ -84,7 +86,8 @@ def load_function(reference: CodeReference) -> Callable[..., Any]:
             expected=f"one of {', '.join(n for n in names if not n.startswith('_')) or 'none that can be called'}",
             fix=nearest(reference.function, names),
         )  # fmt: skip
-    remember(reference)
+    if remembers:
+        remember(reference)
     return function  # type: ignore[no-any-return]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def trained(data: dict[str, Any], model: dict[str, Any], **train: Any) -> tk.Run
 
 
 def rows(run: tk.Run, *paths: str) -> list[dict[str, Any]]:
-    return [said.row() for said in run.predict(list(paths))]
+    return [said.row() for said in run.predict(list(map(Path, paths)))]
 
 
 def same(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> bool:
@@ -207,9 +208,30 @@ def test_outputs_are_labels_numbers_or_refused() -> None:
     assert binary[0]["probability"] == pytest.approx(1 / (1 + np.exp(-2)))
     assert said_of(torch.tensor([[1.5], [2.5]]), None, "mse") == [{"value": 1.5}, {"value": 2.5}]
     assert said_of(torch.tensor([1.5]), None, "mse") == [{"value": 1.5}]
-    for output in (torch.zeros(2, 3), torch.zeros(2, 3, 4)):  # three numbers are no classes
-        with pytest.raises(ModelError, match="more than one thing"):
-            said_of(output, Field("vector", (3,), is_target=True), "mse")
+    three = Field("vector", (3,), is_target=True)
+    assert said_of(torch.tensor([[1.5, 2.5, -1.0]]), three, "mse") == [{"values": (1.5, 2.5, -1.0)}]
+    with pytest.raises(ModelError, match="more than one thing"):
+        said_of(torch.zeros(2, 3, 4), three, "mse")
+    assert [list(row) for row in said_of(torch.tensor([[math.nan, 1.0], [-math.inf, 1.0]]), two)] == [
+        ["error"], ["label", "probability"]]  # fmt: skip
+    assert said_of(torch.tensor([math.inf, 1.0]), None, "mse")[0] == {"error": "the model's output is no number"}
+
+
+def test_a_temperature_makes_probabilities_less_sure_and_top_says_the_likeliest() -> None:
+    three = Field("label", (), ("a", "b", "c"), is_target=True)
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    wanted = (logits / 2).softmax(1)[0].tolist()
+    [said] = said_of(logits, three, "cross_entropy", 2.0, 5)
+    assert said["top"] == (("b", pytest.approx(wanted[1])), ("c", pytest.approx(wanted[2])),
+                           ("a", pytest.approx(wanted[0])))  # fmt: skip
+    assert (said["label"], said["probability"]) == said["top"][0]
+    two = Field("label", (), ("no", "yes"), is_target=True)
+    [binary] = said_of(torch.tensor([3.0]), two, "binary_cross_entropy", 3.0)
+    assert binary["probability"] == pytest.approx(1 / (1 + math.exp(-1)))
+    several = Field("multilabel", (3,), ("a", "b", "c"), is_target=True)
+    [said] = said_of(logits * -1 + 2, several, "binary_cross_entropy", 0.5, 2)
+    assert (said["label"], [name for name, _ in said["top"]]) == ("a", ["a", "c"])
+    assert said["probability"] == pytest.approx(0.5)
 
 
 NET = """

@@ -384,7 +384,9 @@ def test_a_run_that_another_process_holds(slow: Any) -> None:
 
 def test_a_folder_that_holds_no_run(desk: Any) -> None:
     desk.write_table()
-    for verb, more in [("resume", ()), ("evaluate", ()), ("predict", ("rows.csv",))]:
+    for place in ("runs/none", ".", "rows.csv"):
+        refused(desk, ("predict", place, "rows.csv"), "PackageError", "package", place)
+    for verb, more in [("resume", ()), ("evaluate", ())]:
         for place, got in [("runs/none", "no such folder"), (".", "no run.json in it"), ("rows.csv", "a file")]:
             refused(desk, (verb, place, *more), "RunFolderError", "not the folder of a run", place, got)
 

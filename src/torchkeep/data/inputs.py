@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,7 @@ from .tables import Table, encode_inputs
 from .text import TextFiles, Texts
 
 _AS_IN_TRAINING = "a dataset as in training, in Python: run.predict(dataset)"
+_AHEAD = 2  # batches read while the model computes
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class InputBatch:
     names: list[str]
     batch: Batch | None
     problems: dict[int, str]
+
+
+_Each = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]  # map, or a pool's
+Read = Callable[[_Each], InputBatch]
+"""A batch that nobody has read yet."""
 
 
 class NamedFiles(ListedFiles):
@@ -64,17 +75,34 @@ def held_by(dataset: KeyedDataset) -> Any:
     return getattr(held, "reader", held)
 
 
-def input_batches(
+class FoundPaths(list[Path]):
+    """Paths that were looked for, folders in place of which stand their files; ``are_files`` where none is a table."""
+
+    are_files = False
+
+
+def found_paths(paths: Iterable[Path], like: KeyedDataset, settings: DataSettings | None) -> FoundPaths:
+    """All that the paths name, in order.
+
+    Raises:  DataError for a path that is not there, or a folder in which there is nothing that the model takes
+    """
+    held, form = held_by(like), _said_form(settings)
+    found = FoundPaths(_expanded(paths, held))
+    found.are_files = not any(_holds_rows(path, held, form) for path in found)
+    return found
+
+
+def path_batches(
     paths: Sequence[Path], like: KeyedDataset, settings: DataSettings | None, batch_size: int
-) -> Iterator[InputBatch]:
+) -> Iterator[Read]:
     """Batches of what the paths name, in order: files, folders of files, tables.
 
     Raises:  DataError for a path that is not there, or of a kind that the training data are not
     """
-    held = held_by(like)
-    form = (settings or check(DataSettings, {"train": ""}, "predict")).form
+    held, form = held_by(like), _said_form(settings)
     waiting: list[Path] = []
-    for path in list(_expanded(paths, held)):  # all of them are looked for before the first is read
+    # all of them are looked for before the first is read
+    for path in paths if isinstance(paths, FoundPaths) else list(_expanded(paths, held)):
         if _holds_rows(path, held, form):
             yield from _file_batches(waiting, held, batch_size)
             waiting = []
@@ -82,6 +110,28 @@ def input_batches(
         else:
             waiting.append(path)
     yield from _file_batches(waiting, held, batch_size)
+
+
+def _said_form(settings: DataSettings | None) -> Form:
+    return (settings or check(DataSettings, {"train": ""}, "predict")).form
+
+
+def read_ahead(batches: Iterator[Read], workers: int) -> Iterator[InputBatch]:
+    """The batches, in order. With ``workers`` the next ones are read meanwhile, by so many threads where that does not
+    hold the GIL."""
+    if not workers:
+        yield from (read(map) for read in batches)
+        return
+    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as reader:
+
+        def following() -> InputBatch | None:
+            read = next(batches, None)
+            return read(pool.map) if read is not None else None
+
+        waiting = deque(reader.submit(following) for _ in range(_AHEAD))
+        while (part := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(following))
+            yield part
 
 
 def _holds_rows(path: Path, held: Any, form: Form) -> bool:
@@ -92,7 +142,7 @@ def _holds_rows(path: Path, held: Any, form: Form) -> bool:
     return is_table(path, form)
 
 
-def _expanded(paths: Sequence[Path], held: Any) -> Iterator[Path]:
+def _expanded(paths: Iterable[Path], held: Any) -> Iterator[Path]:
     suffixes = getattr(held, "suffixes", ())
     for path in paths:
         if path.is_dir():
@@ -115,7 +165,7 @@ def _is_wanted(name: Path, suffixes: tuple[str, ...]) -> bool:
     return name.suffix.lower() in suffixes and not any(part.startswith(".") for part in name.parts)
 
 
-def _file_batches(paths: list[Path], held: Any, batch_size: int) -> Iterator[InputBatch]:
+def _file_batches(paths: list[Path], held: Any, batch_size: int) -> Iterator[Read]:
     if not paths:
         return
     if not isinstance(held, LabelledData):
@@ -129,8 +179,9 @@ def _file_batches(paths: list[Path], held: Any, batch_size: int) -> Iterator[Inp
     yield from _read(made(source, None, "inputs", like=held), batch_size)
 
 
-def _table_batches(source: Source, held: Any, form: Form, batch_size: int) -> Iterator[InputBatch]:
-    where = str(source) if isinstance(source, str | Path) else ""
+def _table_batches(source: Source, held: Any, form: Form, batch_size: int) -> Iterator[Read]:
+    # bytes that are no UTF-8 as escapes, as in the names of files
+    where = os.fsencode(source).decode("utf-8", "backslashreplace") if isinstance(source, str | Path) else ""
     if isinstance(held, Table):
         yield from _encoded(source, held, form, batch_size, where)
         return
@@ -149,7 +200,7 @@ def _form_of(path: Path, form: Form) -> Form:
     return Form(text=form.text) if path.suffix.lower() in (*PARQUET, *ARROW, *JSON_LINES) else form
 
 
-def _encoded(source: Source, held: Table, form: Form, batch_size: int, where: str) -> Iterator[InputBatch]:
+def _encoded(source: Source, held: Table, form: Form, batch_size: int, where: str) -> Iterator[Read]:
     form = replace(form, words=held.encoding.words)
     frame = read_frame(source, form)
     if not where:  # a caller's columns: a date may be a text, as in a CSV
@@ -158,15 +209,18 @@ def _encoded(source: Source, held: Table, form: Form, batch_size: int, where: st
     yield from _slices(columns, batch_size, f"{where}, row " if where else "row ")
 
 
-def _slices(columns: Mapping[str, Any], batch_size: int, what: str) -> Iterator[InputBatch]:
+def _slices(columns: Mapping[str, Any], batch_size: int, what: str) -> Iterator[Read]:
     total = len(next(iter(columns.values())))
     for start in range(0, total, batch_size):
-        stop = min(start + batch_size, total)
-        batch: Batch = {name: values[start:stop] for name, values in columns.items()}
-        yield InputBatch([f"{what}{row}" for row in range(start, stop)], _indexed(batch, stop - start), {})
+        yield partial(_sliced, columns, range(start, min(start + batch_size, total)), what)
 
 
-def column_batches(columns: Mapping[str, Any], like: KeyedDataset, batch_size: int) -> Iterator[InputBatch]:
+def _sliced(columns: Mapping[str, Any], rows: range, what: str, each: _Each) -> InputBatch:
+    batch: Batch = {name: values[rows.start : rows.stop] for name, values in columns.items()}
+    return InputBatch([f"{what}{row}" for row in rows], _indexed(batch, len(rows)), {})
+
+
+def column_batches(columns: Mapping[str, Any], like: KeyedDataset, batch_size: int) -> Iterator[Read]:
     """Batches of a table's columns that a program holds: lists or arrays by name, (N,) each.
 
     Raises:  DataError for columns that make no table, or not one that the training data are like
@@ -181,7 +235,36 @@ def column_batches(columns: Mapping[str, Any], like: KeyedDataset, batch_size: i
     yield from _table_batches(frame, held_by(like), Form(), batch_size)
 
 
-def tensor_batches(tensors: Mapping[str, Any], schema: Schema, batch_size: int) -> Iterator[InputBatch]:
+def given_lines(data: bytes, like: KeyedDataset, settings: DataSettings) -> list[Path] | list[str] | dict[str, Any]:
+    """What stands on standard input: texts, one a line, for a model of texts; a CSV for a model of a table; else names
+    of files, one a line, or with zero bytes between them.
+
+    Raises:  DataError for nothing, for a table that cannot be read, and for texts that are no UTF-8
+    """
+    held = held_by(like)
+    if not data.strip():
+        raise DataError("there is nothing to predict", where="standard input", got=f"{len(data)} bytes")
+    if isinstance(held, Table):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "stdin.csv")
+            path.write_bytes(data)
+            frame = read_frame(path, replace(settings.form, words=held.encoding.words))
+        return dict(zip(frame.column_names, frame.columns, strict=True))
+    separator = b"\0" if b"\0" in data else b"\n"
+    lines = data.removesuffix(separator).split(separator)
+    if not isinstance(held, Texts):
+        return [Path(os.fsdecode(name)) for line in lines if (name := line.removesuffix(b"\r"))]
+    try:
+        return data.decode("utf-8-sig").removesuffix("\n").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            "these texts are not UTF-8", where=f"standard input, line {line:,}", got=f"byte {data[error.start]:#04x}",
+            expected="UTF-8", fix="iconv -f latin1 -t utf-8, if that is what it is",
+        ) from None  # fmt: skip
+
+
+def tensor_batches(tensors: Mapping[str, Any], schema: Schema, batch_size: int) -> Iterator[Read]:
     """Batches of a model's inputs themselves: tensors or arrays by name, called by their numbers.
 
     Shapes:  (N, …) each
@@ -211,19 +294,27 @@ def _as_tensor(name: str, given: Any) -> torch.Tensor:
         ) from None
 
 
-def _read(made: Any, batch_size: int, where: str = "") -> Iterator[InputBatch]:
-    """A sample that cannot be read is a problem of its own; the others make the batch."""
+def _read(made: Any, batch_size: int, where: str = "") -> Iterator[Read]:
     plain = made.without_augmentation()
     for start in range(0, len(made), batch_size):
-        names, samples, problems = [], [], {}
-        for index in range(start, min(start + batch_size, len(made))):
-            name = plain.id_of(index)
-            names.append(f"{where}, {name}" if where and name.startswith("row ") else name)
-            try:
-                samples.append(plain.read(index, ChanceKey()))
-            except BadSampleError as error:
-                problems[index - start] = f"{error.what}: {error.got}"
-        yield InputBatch(names, _indexed(plain.collate(samples), len(samples)) if samples else None, problems)
+        yield partial(_samples_read, plain, range(start, min(start + batch_size, len(made))), where)
+
+
+def _samples_read(plain: Any, rows: range, where: str, each: _Each) -> InputBatch:
+    """A sample that cannot be read is a problem of its own; the others make the batch."""
+    names = [f"{where}, {name}" if where and name.startswith("row ") else name for name in map(plain.id_of, rows)]
+    found = list((each if plain.threads else map)(partial(_sample_read, plain), rows))
+    problems = {position: one for position, one in enumerate(found) if isinstance(one, str)}
+    samples = [one for one in found if not isinstance(one, str)]
+    return InputBatch(names, _indexed(plain.collate(samples), len(samples)) if samples else None, problems)
+
+
+def _sample_read(plain: Any, index: int) -> Any:
+    """A sample, or what is wrong with it."""
+    try:
+        return plain.read(index, ChanceKey())
+    except BadSampleError as error:
+        return f"{error.what}: {error.got}"
 
 
 def _indexed(batch: Batch, size: int) -> Batch:

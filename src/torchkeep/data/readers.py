@@ -6,8 +6,9 @@ encoding, a tokenizer. Reading builds from it the dataset of training, without s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,19 @@ from .arrays import Columns
 from .audio import MAX_SAMPLES, Clips
 from .decode import MAX_PIXELS
 from .images import Images
-from .inputs import InputBatch, NamedFiles, column_batches, held_by, input_batches, tensor_batches
+from .inputs import (
+    FoundPaths,
+    InputBatch,
+    NamedFiles,
+    Read,
+    column_batches,
+    found_paths,
+    given_lines,
+    held_by,
+    path_batches,
+    read_ahead,
+    tensor_batches,
+)
 from .kinds import Kind, kind_of
 from .labels import LabelledData
 from .sources import DataSettings
@@ -65,32 +78,54 @@ class Reader:
         """What the training samples hold, with the classes."""
         return self.like.schema
 
-    def batches(self, inputs: Any, batch_size: int) -> Iterator[InputBatch]:
+    def found(self, paths: Iterable[Path]) -> FoundPaths:
+        """All that paths name, folders in place of which stand their files: they are not looked for again.
+
+        Raises:  DataError for a path that is not there
+        """
+        return found_paths(paths, self.like, self.settings)
+
+    def given(self, data: bytes) -> list[Path] | list[str] | dict[str, Any]:
+        """The inputs that standard input names or holds.
+
+        Raises:  DataError for what the model does not take
+        """
+        return given_lines(data, self.like, self.settings)
+
+    def batches(self, inputs: Any, batch_size: int, *, first: int = 0, workers: int = 0) -> Iterator[InputBatch]:
         """Batches of inputs in order, as in training: of one or several paths, of a tensor or an array, of columns by
         name, of texts.
 
         A Path is a file, a folder or a table; so is a str, but where the model takes texts it is a text. Values of a
-        dict that have more than one axis, or are tensors, are the model's inputs themselves; others are columns.
+        dict that have more than one axis, or are tensors, are the model's inputs themselves; others are columns. Those
+        before batch ``first`` are passed over unread; with ``workers`` the next ones are read meanwhile, by so many
+        threads.
 
         Raises:  DataError for inputs that are not there, or are not what the model takes
         """
+        reads, is_slow = self._reads(inputs, batch_size)
+        return read_ahead(islice(reads, first, None), workers if is_slow else 0)
+
+    def _reads(self, inputs: Any, batch_size: int) -> tuple[Iterator[Read], bool]:
+        """The batches, and whether reading them takes time."""
         held = held_by(self.like)
         takes_texts = isinstance(held, Texts)
         if isinstance(inputs, Tensor | np.ndarray):
             inputs = {next(iter(self.schema.inputs), "input"): inputs}
         if isinstance(inputs, Mapping):
             if not isinstance(held, LabelledData | Table) or any(map(_is_tensor, inputs.values())):
-                return tensor_batches(inputs, self.schema, batch_size)
-            return column_batches(inputs, held, batch_size)
+                return tensor_batches(inputs, self.schema, batch_size), False
+            return column_batches(inputs, held, batch_size), isinstance(held, LabelledData)
         items = [inputs] if isinstance(inputs, str | Path) else inputs
         if takes_texts and _are_all(items, str):
-            return column_batches({held.input_column: list(items)}, held, batch_size)
+            return column_batches({held.input_column: list(items)}, held, batch_size), True
         if not _are_all(items, Path if takes_texts else (str, Path)):
             raise DataError(
                 "these are no inputs", where="inputs", got=type(inputs).__name__,
                 expected="paths, texts, a tensor, or a dict of columns",
             )  # fmt: skip
-        return input_batches([Path(item) for item in items], self.like, self.settings, batch_size)
+        paths = items if isinstance(items, FoundPaths) else [Path(item) for item in items]
+        return path_batches(paths, self.like, self.settings, batch_size), True
 
 
 def _is_tensor(value: Any) -> bool:

@@ -239,6 +239,20 @@ class Checkpoints:
         """The whole checkpoint with the best metric; the newest where none has the metric."""
         return self._first_whole(self._by_merit()) or self.latest()
 
+    def at(self, step: int) -> Saved:
+        """The checkpoint of a step.
+
+        Raises:  CheckpointError where there is none, or it is damaged
+        """
+        held = {_step_of(path): path for path in self.steps()}
+        damage = find_damage(held[step]) if step in held else "no such checkpoint"
+        if damage:
+            raise CheckpointError(
+                f"there is no whole checkpoint of step {step:,}", where=self.folder, got=damage,
+                expected=f"one of {', '.join(map(str, held)) or 'none'}",
+            )  # fmt: skip
+        return self._saved(held[step])
+
     def repair(self) -> None:
         """Clear what attempts left half done, and set damaged checkpoints aside; nothing is deleted that was whole.
 

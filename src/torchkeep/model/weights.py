@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..archive import HEAD, PARAMETERS, Archive
 from ..contracts import Json, TensorTree
 from ..errors import CheckpointError, DamagedError, ModelError, nearest
 from ..files import read_with_receipt
@@ -99,18 +100,16 @@ def load_weights(
 ) -> LoadReport:  # fmt: skip
     """Load what fits into a model, in its own types and with its ties kept. Nothing is copied before all is checked.
 
-    ``source``: a .safetensors, .pth, .pt or .ckpt file, a folder of a run, of one of its checkpoints (the best of a
-    run) or of a hub's model, "hf:NAME", or a dict of tensors. ``rename`` turns prefixes of the file's names into
-    others, the longest first. ``head`` may differ or be missing; without it: the last linear layer.
+    ``source``: a .safetensors, .pth, .pt or .ckpt file, a package (.tkp), a folder of a run, of one of its checkpoints
+    (the best of a run) or of a hub's model, "hf:NAME", or a dict of tensors. ``rename`` turns prefixes of the file's
+    names into others, the longest first. ``head`` may differ or be missing; without it: the last linear layer.
 
     Raises:  ModelError where less than ``least_share`` of the other parameters would be loaded, where a tensor holds
              NaN or infinity, or where the file is none that can be read safely; CheckpointError for a damaged one
     """
-    where = "a dict" if isinstance(source, Mapping) else str(source)
-    tensors, found = _unwrapped(source if isinstance(source, Mapping) else _read(source), where)
-    tensors = _renamed(tensors, rename or {}, where)
+    where = _where(source)
     wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    tensors, taken_off = _aligned(tensors, wanted, where)
+    tensors, found = tensors_of(source, wanted, rename or {})
     fitting = {name: value for name, value in tensors.items() if name in wanted and wanted[name].shape == value.shape}
     _check_values(fitting, wanted, where)
     other = {name: str(tuple(value.shape)) for name, value in tensors.items() if name not in fitting}
@@ -118,12 +117,27 @@ def load_weights(
     unexpected = {name: tensors[name].numel() for name in other if name not in wanted}
     layer = find_head(model, head)  # also where it is named: a slip is said
     report = report_of(model, where, absent, unexpected, head or layer)
-    report.found = found + taken_off
+    report.found = found
     check_share(report, least_share)
     with torch.no_grad():
         for name, value in fitting.items():
             wanted[name].copy_(value)
     return report
+
+
+def tensors_of(source: Source, wanted: TensorTree, rename: Mapping[str, str]) -> tuple[TensorTree, list[str]]:
+    """All tensors of a source under the names that fit ``wanted`` best, and what was done to the names for it.
+
+    Raises:  ModelError or CheckpointError where there are none that can be read safely
+    """
+    where = _where(source)
+    tensors, found = _unwrapped(source if isinstance(source, Mapping) else _read(source), where)
+    tensors, taken_off = _aligned(_renamed(tensors, rename, where), wanted, where)
+    return tensors, found + taken_off
+
+
+def _where(source: Source) -> str:
+    return "a dict" if isinstance(source, Mapping) else str(source)
 
 
 def report_of(
@@ -282,13 +296,18 @@ def _read(source: str | Path) -> Mapping[str, Any]:
         near = nearest(path.name, [file.name for file in path.parent.glob("*")]) if path.parent.is_dir() else ""
         raise ModelError(
             "there are no such weights", where=source, got=f"no file or folder {path}", fix=near,
-            expected="a .safetensors, .pth, .pt or .ckpt file, the folder of a run, or hf:NAME",
+            expected="a .safetensors, .pth, .pt, .ckpt or .tkp file, the folder of a run, or hf:NAME",
         )  # fmt: skip
-    readers = {".safetensors": read_safetensors, ".json": _read_shards, **dict.fromkeys(_PICKLES, _read_pickle)}
+    readers = {".safetensors": read_safetensors, ".json": _read_shards, ".tkp": _read_package,
+               **dict.fromkeys(_PICKLES, _read_pickle)}  # fmt: skip
     if path.suffix not in readers:
         raise ModelError("this is no file of weights", where=path, got=f"a file that ends in {path.suffix!r}",
                          expected=", ".join(readers))  # fmt: skip
     return readers[path.suffix](path)
+
+
+def _read_package(path: Path) -> Mapping[str, Any]:
+    return Archive.open(path).tensors(PARAMETERS)
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
@@ -329,6 +348,8 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
         return _read_checkpoint(next((step for step in steps if step.name in named), steps[-1]))
     if (path / "manifest.json").is_file():
         return _read_checkpoint(path)
+    if (path / HEAD).is_file():
+        return _read_package(path)
     found = next((path / name for name in _IN_A_FOLDER if (path / name).is_file()), None)
     if found is None:
         raise ModelError(

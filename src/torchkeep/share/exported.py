@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import logging
 import operator
 import re
 import warnings
@@ -45,13 +47,19 @@ def export_graph(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings of torch.export, and without attention's fast path, which is one closed operation."""
-    was_fast = torch.backends.mha.get_fastpath_enabled()
+    """Without warnings and prints of torch.export, and without attention's fast path, which is one closed operation."""
+    was_fast, was_disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             yield
     finally:
+        logging.disable(was_disabled)
         torch.backends.mha.set_fastpath_enabled(was_fast)
 
 

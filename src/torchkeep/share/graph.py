@@ -178,6 +178,10 @@ class _Plan:
         _check_tree(self._output, len(self._outputs), [])
         self._thrifty = self._compiled(is_thrifty=True)
         self._steps = self._compiled()
+        self._shapes = [
+            (_like_first if row.operation.is_like_first else function, *rest)
+            for row, (function, *rest) in zip(self._raw, self._steps, strict=True)
+        ]
         del self._raw, self._operations, self._kinds
 
     def __deepcopy__(self, memo: Any) -> _Plan:
@@ -290,8 +294,8 @@ class _Plan:
 
     def run(self, values: list[Any], ledger: _Ledger | None = None) -> Any:
         """What the steps give for a device, the inputs and the tensors; with a ledger, for their shapes alone."""
-        keeps = ledger or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        place, steps = 0, self._steps if keeps else self._thrifty
+        keeps = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        place, steps = 0, self._shapes if ledger else self._steps if keeps else self._thrifty
         values += [None] * (self._end - self._first) + self._constants
         try:
             for function, fetch, place, done in steps:
@@ -402,6 +406,10 @@ def _called(row: _Row, in_place: Callable[..., Any] | None) -> Callable[..., Any
     function = in_place or row.operation.function
     function = functools.partial(function, **row.constants) if row.constants else function
     return (lambda device, *args: function(*args, device=device)) if row.operation.is_placed else function
+
+
+def _like_first(first: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(first)
 
 
 def _listed(*items: Any) -> list[Any]:

@@ -258,7 +258,7 @@ def _next_commands(prepared: Prepared, folder: RunFolder) -> list[str]:
     path = shlex.quote(str(folder.path))
     commands = []
     if prepared.work.is_recipe:
-        commands = [f"torchkeep evaluate {path}", f"torchkeep predict {path} FILES", f"torchkeep inspect {path}"]
+        commands = [f"torchkeep evaluate {path}", f"torchkeep predict {path} FILES", f"torchkeep package {path}"]
     if folder.tensorboard.is_dir():
         commands.append(f"tensorboard --logdir {shlex.quote(str(folder.path.parent))}")
     return commands

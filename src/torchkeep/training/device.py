@@ -23,24 +23,32 @@ def choose_device(settings: TrainSettings, decisions: Decisions) -> torch.device
     Raises:  SettingsError if the device that is set is not there
     """
     if settings.device != "auto":
-        return _existing(settings.device)
+        return existing_device(settings.device, "train.device")
+    found, reason = default_device()
+    decisions.note("device", str(found), reason, "train.device")
+    return found
+
+
+def default_device() -> tuple[torch.device, str]:
+    """The device that this machine computes best on, and why."""
     if torch.cuda.is_available():
-        found, reason = "cuda", torch.cuda.get_device_name()
-    elif torch.backends.mps.is_available():
-        found, reason = "mps", "Apple's GPU"
-    else:
-        found, reason = "cpu", "no accelerator was found"
-    decisions.note("device", found, reason, "train.device")
-    return torch.device(found)
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple's GPU"
+    return torch.device("cpu"), "no accelerator was found"
 
 
-def _existing(name: str) -> torch.device:
+def existing_device(name: str, where: str) -> torch.device:
+    """The device of this name.
+
+    Raises:  SettingsError if it is not there
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(
-            "this device is not there", where="train.device", got=f"{name!r} ({str(error).splitlines()[0]})",
+            "this device is not there", where=where, got=f"{name!r} ({str(error).splitlines()[0]})",
             expected="auto, cpu" + (", cuda" if torch.cuda.is_available() else ""),
         ) from None  # fmt: skip
     return device

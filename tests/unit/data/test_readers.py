@@ -23,7 +23,7 @@ from PIL import Image
 from torchkeep.data.arrays import Arrays
 from torchkeep.data.dataset import Part, whole
 from torchkeep.data.foreign import as_dataset
-from torchkeep.data.inputs import InputBatch, input_batches
+from torchkeep.data.inputs import InputBatch
 from torchkeep.data.readers import Reader, reader_from_json, reader_to_json
 from torchkeep.data.sources import DataSettings, open_data, open_source
 from torchkeep.data.text import TextTable
@@ -161,7 +161,7 @@ def test_inputs_are_read_as_those_of_the_training_data(place: Path, case: str) -
     reader = kept(train, settings)
     assert reader.schema == train.schema
     paths = [place / name for name in CASES[case][1]]
-    expected = list(input_batches(paths, train, settings, 4))
+    expected = list(Reader(train, settings).batches(paths, 4))
     assert len(expected) > 1
     assert_same(list(reader.batches(paths, 4)), expected)
     assert any(batch.problems for batch in expected) >= any(path.stem == "bad" for path in paths)
@@ -288,7 +288,7 @@ def test_columns_of_the_hub_and_several_labels(tmp_path: Path) -> None:
     train = open_data(settings, tmp_path, 0).train
     reader = kept(train, settings)
     assert_same(
-        list(reader.batches(tmp_path / "new.csv", 4)), list(input_batches([tmp_path / "new.csv"], train, settings, 4))
+        list(reader.batches(tmp_path / "new.csv", 4)), list(Reader(train, settings).batches([tmp_path / "new.csv"], 4))
     )
     opened = open_source(reader.settings, "new.csv", tmp_path, like=reader.like, train=False)
     assert opened[0]["label"].tolist() == [0, 1, 0]

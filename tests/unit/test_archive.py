@@ -23,9 +23,9 @@ import orjson
 import pytest
 import torch
 
+from torchkeep import archive
+from torchkeep.archive import HEAD, Archive, write_archive
 from torchkeep.errors import PackageError
-from torchkeep.share import archive
-from torchkeep.share.archive import HEAD, Archive, write_archive
 from torchkeep.tensors import to_safetensors
 
 TENSORS = {"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.ones(3, dtype=torch.bfloat16)}

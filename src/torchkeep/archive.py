@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from .. import __version__
-from ..contracts import Json, TensorTree
-from ..errors import CheckpointError, PackageError, nearest
-from ..files import DurableFolder, checksum, make_folder, write_durable
-from ..tensors import MAX_DEPTH, parse_json, read_safetensors, to_json
+from . import __version__
+from .contracts import Json, TensorTree
+from .errors import CheckpointError, PackageError, nearest
+from .files import DurableFolder, checksum, make_folder, write_durable
+from .tensors import MAX_DEPTH, parse_json, read_safetensors, to_json
 
 HEAD = "package.json"
+PARAMETERS = "parameters.safetensors"
 FORMAT = 1
 MAX_MEMBERS = 1000
 MAX_NAME_BYTES = 200

@@ -1,0 +1,202 @@
+"""The verbs that hand a model on: package, open, and what is done with what was handed on."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .api import open_run
+from .archive import HEAD, PARAMETERS, Archive
+from .contracts import Json, TensorTree
+from .errors import CheckpointError, DataError, ModelError, PackageError, SettingsError
+from .folder import RunFolder, open_run_folder
+from .keep.checkpoint import Checkpoints
+from .model.hub import HUB
+from .running import execute, loaded, place_of, recorded_recipe, trusting, work_of
+from .settings import override
+from .share.contents import base_of
+from .share.contract import Asked
+from .share.hub import fetched
+from .share.origin import origin_of, parameters_of, read_origin
+from .share.package import (
+    ARCHITECTURE,
+    BASE,
+    CARD,
+    LABELS,
+    METRICS,
+    PREPROCESS,
+    PROVENANCE,
+    SUFFIX,
+    load_package,
+)
+from .share.reproduce import Reproduced, compared, environment_differences, placements
+from .tensors import tensor_sha256
+from .training.provenance import environment
+from .training.recipe import Recipe, recipe_from_json
+from .training.resuming import check_data
+from .watch.console import Console
+
+Which = Literal["best", "last"] | int
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether a path is a run's folder; all else is taken for a package."""
+    return RunFolder(Path(source)).run_file.is_file()
+
+
+def opened(
+    source: str | Path,
+    *,
+    which: Which = "best",
+    base: Any = None,
+    trust_code: str | None = None,
+    device: str | torch.device | None = None,
+) -> Asked:
+    """The model of a run's folder, of a package, or of ``hf:USER/NAME``, ready to be asked.
+
+    Raises:  RunFolderError, CheckpointError, PackageError or UntrustedCodeError where it cannot be had
+    """
+    if is_run(source):
+        return open_run(source, trust_code=trust_code).asked(which, device=device)
+    return load_package(source, base=base, trust_code=trust_code, device=device).asked
+
+
+def is_package(source: str | Path) -> bool:
+    """Whether this is meant as a package: a .tkp file, a folder with a package.json, or a hub's name."""
+    path = Path(source)
+    return str(source).startswith(HUB) or path.suffix == SUFFIX or (path / HEAD).is_file()
+
+
+def package(
+    run_dir: str | Path, path: str | Path | None = None, *, checkpoint: Which = "best", delta: bool | str = False,
+    folder: bool = False, trust_code: str | None = None,
+) -> Path:  # fmt: skip
+    """Write a run's model as a package, NAME.tkp beside the program without ``path``; gives its path.
+
+    ``checkpoint``: "best", "last" or a step. ``delta`` leaves out what is equal to the weights that the run began with,
+    or to the weights that it names. ``folder`` writes a folder in place of a file.
+
+    Raises:  as ``open_run`` does; ModelError where the model has no form that can be kept; PackageError where the path
+             is taken, or where a delta has no base
+    """
+    run = open_run(run_dir, trust_code=trust_code)
+    base = delta if isinstance(delta, str) else base_of(run._recipe, run._base) if delta else None
+    if delta and base is None:
+        raise PackageError("this run began with no weights that a delta could leave out", where=run_dir,
+                           expected="model.weights in its recipe", fix="--delta WEIGHTS names them")  # fmt: skip
+    return run.package(path, which=checkpoint, base=base, folder=folder)
+
+
+def described(source: str | Path) -> Json:
+    """What a package says of itself, each member checked, nothing built: names, sizes, form, classes, metrics, origin.
+
+    Raises:  PackageError where there is none, or it is damaged
+    """
+    archive = Archive.open(fetched(str(source)) if str(source).startswith(HUB) else Path(source))
+    kept = (ARCHITECTURE, PREPROCESS, LABELS, METRICS, PROVENANCE, BASE)
+    said = {name.removesuffix(".json"): archive.json(name) for name in kept if name in archive.names}
+    card = bytes(archive.read(CARD)).decode("utf-8", "replace") if CARD in archive.names else ""
+    tensors = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+               for name, tensor in archive.tensors(PARAMETERS).items()}  # fmt: skip
+    members = archive.head["members"]
+    return {"path": str(archive.path), "identity": archive.identity, "name": archive.head.get("name"),
+            "format": archive.head["format"], "torchkeep": archive.head["torchkeep"], "members": members,
+            "parameters": tensors, "card": card, **said}  # fmt: skip
+
+
+def verify_package(source: str | Path, *, base: Any = None, trust_code: str | None = None) -> str:
+    """Read a package whole, every checksum, build its model and run its self-test; gives its identity.
+
+    Raises:  PackageError naming what is damaged
+    """
+    Archive.open(fetched(str(source)) if str(source).startswith(HUB) else Path(source)).verify()
+    return load_package(source, base=base, trust_code=trust_code).identity
+
+
+def reproduce(
+    source: str | Path, *, run_dir: str | Path | None = None, trust_code: str | None = None, data: Sequence[str] = (),
+    allow_change: Collection[str] = (), quiet: bool = False,
+) -> Reproduced:  # fmt: skip
+    """Train again what a run or a package was trained with, up to its checkpoint, in a fresh folder, and compare.
+
+    What was decided then, such as threads and precision, is taken again. A run is compared at its last checkpoint, and
+    read where it was trained; the paths of a package's recipe begin at the current folder. ``data=["data.train=PATH"]``
+    says what lies elsewhere; ``allow_change=["data"]`` goes on with other data.
+
+    Raises:  SettingsError for a run of ``tk.fit``, naming the call to repeat; CheckpointError for other data, before
+             anything is trained; UntrustedCodeError for code that this machine has not run; PackageError for a package
+             that does not say where it comes from
+    """
+    changes = [*placements(data), "monitor.views=[]"]  # a stranger's server is not told
+    then, tensors, recipe, base, facts = _origin_in(source, changes)
+    with contextlib.closing(Console(quiet, sys.stderr if quiet else None)) as console:
+        for key, old, new in environment_differences(then["environment"], environment()):
+            console.warn(f"{key} was {old!r} and is {new!r} now: the last bits may differ")
+        with _placing():
+            work, recipe, code = work_of(recipe, base, trusting(facts, trust_code))
+        for name in check_data(work, then, "data" in allow_change):
+            console.warn(f"the data of {name} are others")
+        begun = {"recipe": recipe.model_dump(mode="json"), "base": str(base), "code_files": code, **loaded(work)}
+        place, step = place_of(f"{recipe.name}-reproduced", run_dir), then["checkpoint"]["step"]
+        run = execute(work, begun, recipe, base, place, None, None, console, None,
+                      decided=then["decisions"], until=step)  # fmt: skip
+    folder = RunFolder(run.dir)
+    reached = Checkpoints(folder.checkpoints).latest()
+    assert reached is not None  # a run that has ended has saved
+    return compared(run.dir, then, origin_of(folder, reached, None), tensors, parameters_of(folder, reached))
+
+
+@contextlib.contextmanager
+def _placing() -> Iterator[None]:
+    """What is missing can be placed, where a recipe would be mended."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        error.fix = "--data KEY=PATH, as data.train=PATH, says where it lies now" if "--set" in error.fix else error.fix
+        raise
+
+
+def _origin_in(source: str | Path, changes: list[str]) -> tuple[Json, TensorTree, Recipe, Path, Json]:
+    """Where a run or a package comes from, its parameters, and its recipe with the folder and code that it names."""
+    if is_run(source):
+        folder = open_run_folder(source)
+        facts = folder.read_run()
+        saved = Checkpoints(folder.checkpoints).latest()
+        if saved is None:
+            raise CheckpointError("this run has no whole checkpoint", where=source, fix="torchkeep resume trains on")
+        then = origin_of(folder, saved, None)
+        _check_recipe(then, source)
+        recipe, base = recorded_recipe(folder, facts, changes)
+        return then, parameters_of(folder, saved), recipe, base, facts
+    archive = Archive.open(fetched(str(source)) if str(source).startswith(HUB) else Path(source))
+    if PROVENANCE not in archive.names:
+        raise PackageError("this package does not say where it comes from", where=source, got=f"no {PROVENANCE}",
+                           expected="one that torchkeep package has made of a run")  # fmt: skip
+    then = read_origin(archive.json(PROVENANCE), f"{archive.path}, {PROVENANCE}")
+    _check_recipe(then, source)
+    base = Path.cwd()
+    files = [{**row, "path": str((base / row["path"]).resolve())} for row in then["code_files"]]
+    recipe = recipe_from_json(override(then["recipe"], changes), f"{archive.path}, {PROVENANCE}")
+    tensors = archive.tensors(PARAMETERS)
+    said = then["checkpoint"]["tensors"]  # what the package holds counts, not what it says of it
+    said |= {name: tensor_sha256({name: tensor}) for name, tensor in tensors.items() if name in said}
+    return then, tensors, recipe, base, {"code_files": files}
+
+
+def _check_recipe(origin: Json, source: str | Path) -> None:
+    """Raises:  SettingsError where no recipe says what was trained"""
+    if origin["recipe"] is None:
+        objects, settings = origin.get("objects") or {}, origin.get("settings") or {}
+        epochs = (settings.get("train") or {}).get("epochs")
+        raise SettingsError(
+            "this was trained by tk.fit from a program's own objects, which no file can give again", where=source,
+            got=", ".join(f"{key} {value}" for key, value in objects.items() if value is not None),
+            expected="a run of torchkeep train, or its package",
+            fix=f'repeat in that program tk.fit(…, epochs={epochs}, batch_size={origin.get("batch_size")}, '
+            f'seed={origin["seed"]}, run_dir="NEW"); torchkeep compare shows where two runs part',
+        )  # fmt: skip

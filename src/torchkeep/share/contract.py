@@ -1,0 +1,127 @@
+"""How a model is asked and what its answers mean: all that whoever uses it needs to know beside the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import gradients
+from ..contracts import Batch, Field, Json, Schema
+from ..data.generators import kept_generators
+from ..data.readers import Reader
+from ..data.sources import DataSettings
+from ..errors import ModelError
+from ..model.freeze import evaluating
+from ..settings import check
+from ..training.binding import Binding, Inputs, batch_text
+from ..training.device import Mover, autocast, default_device
+from ..training.objective import prediction_of
+from ..training.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a model was trained to take and to say.
+
+    ``reader`` turns files, tables and tensors into batches; its schema has the shapes, types and classes. ``loss`` is
+    the name of the loss, which tells what an output means: "cross_entropy" of classes, "binary_cross_entropy" of yes or
+    no, "mse" of numbers. ``inputs`` are the keys that go to the model, or a function batch → args; None: found by name.
+    ``calibration`` says how the temperature was found, by which logits are divided before they are probabilities.
+    """
+
+    reader: Reader
+    loss: str = ""
+    inputs: Inputs | None = None
+    precision: str = "fp32"
+    batch_size: int = 32
+    calibration: Json = field(default_factory=dict)
+
+    @property
+    def schema(self) -> Schema:
+        """What the samples hold, with the classes."""
+        return self.reader.schema
+
+    @property
+    def target(self) -> Field | None:
+        """What is predicted."""
+        return next((self.schema[name] for name in self.schema.targets), None)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names; empty where numbers are predicted."""
+        return self.target.classes if self.target is not None else ()
+
+    @property
+    def temperature(self) -> float:
+        """By which logits are divided: Guo et al. 2017, "On calibration of modern neural networks", section 4.2."""
+        return float(self.calibration.get("temperature", 1.0))
+
+
+class Asked:
+    """A model with its contract, on a device: ``asked(batch)`` → the outputs, float32 on the CPU.
+
+    ``call`` replaces the way from a moved batch to the model's output. The model is moved to the device, and its modes
+    and gradients are left as they were.
+
+    Shapes:  batch as the reader gives it, images uint8 (B, C, H, W) → (B, K), (B,) or what the model gives
+    Raises:  ModelError for a batch that the model does not take, showing both
+    """
+
+    def __init__(
+        self, model: nn.Module, contract: Contract, device: str | torch.device | None = None,
+        call: Callable[[Batch], Any] | None = None,
+    ):  # fmt: skip
+        self.contract = contract
+        self.device = torch.device(device) if device is not None else default_device()[0]
+        self.model = model.to(self.device)
+        self.mover = Mover(self.device, contract.schema)
+        self._call = call
+
+    def __call__(self, batch: Batch) -> Tensor:
+        with kept_generators(), evaluating(self.model), gradients.none_needed():
+            return self.forward(batch).float().cpu()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The prediction as the model gives it, on the device."""
+        call = self._bound(batch)
+        try:
+            with autocast(self.contract.precision, self.device):
+                output = prediction_of(call(self.mover(batch)))
+        except (RuntimeError, ValueError, TypeError, LookupError, ModelError) as error:
+            raise self._misfit(batch, error) from error
+        if not isinstance(output, Tensor):
+            raise ModelError("this model gives no tensor", where=type(self.model).__name__, got=type(output).__name__,
+                             expected="a tensor, .logits, or a tuple that begins with one")  # fmt: skip
+        return output
+
+    def _bound(self, batch: Batch) -> Callable[[Batch], Any]:
+        if self._call is None:
+            schema = self.contract.schema
+            inputs = {name: batch[name] for name in batch if name not in schema.targets}
+            self._call = Binding(self.model, inputs, (), self.contract.inputs, ()).call
+        return self._call
+
+    def _misfit(self, batch: Batch, error: Exception) -> ModelError:
+        taken = "; ".join(f"{name} {_axes_text(field)}" for name, field in self.contract.schema.items()
+                          if not field.is_target)  # fmt: skip
+        said = str(error).strip().partition("\n")[0][:200]
+        return ModelError(
+            "the model cannot take this batch", where=type(self.model).__name__,
+            got=f"{batch_text(batch)} ({type(error).__name__}: {said})", expected=taken or "what it was trained on",
+        )  # fmt: skip
+
+
+def _axes_text(field: Field) -> str:
+    sizes = ("B", *("…" if size is None else str(size) for size in field.shape or ("…",)))
+    return f"{field.kind} ({', '.join(sizes)})"
+
+
+def contract_of(prepared: Prepared, settings: DataSettings | None) -> Contract:
+    """The contract of a run's model; ``settings`` are the recipe's, None where there is none."""
+    work = prepared.work
+    reader = Reader(work.train, settings or check(DataSettings, {"train": ""}, "data"))
+    return Contract(reader, prepared.objective.name, work.inputs, prepared.precision, work.batch_size)

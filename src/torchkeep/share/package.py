@@ -1,0 +1,473 @@
+"""A package: a model's form, its parameters, how it is asked and what its answers mean, in one file that runs no code.
+
+``architecture.json`` is the form, ``parameters.safetensors`` the tensors, ``preprocess.json`` how inputs are read,
+``labels.json`` the classes and what an output means, ``metrics.json`` and ``provenance.json`` where it comes from,
+``selftest.safetensors`` inputs with the outputs that they must give, ``README.md`` the card, ``base.json`` what a delta
+leaves out. All is checked when it is loaded, and again before it is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field as Setting
+from torch import Tensor, nn
+
+from ..archive import PARAMETERS, Archive, write_archive
+from ..contracts import INDEX, Batch, Field, Json, KeyedDataset, Schema, TensorTree
+from ..data.arrays import Columns
+from ..data.foreign import as_dataset
+from ..data.loader import Loader
+from ..data.readers import Reader, reader_from_json, reader_to_json
+from ..data.reading import valid_rows
+from ..data.sources import DataSettings
+from ..errors import ModelError, PackageError, SettingsError
+from ..model.build import ModelSettings
+from ..model.hub import HUB
+from ..model.weights import tensors_of
+from ..settings import Settings, check
+from ..tensors import tensor_sha256, to_json, to_safetensors
+from ..usercode import is_reference, read_reference
+from .architecture import built, coded, without_ties
+from .card import model_card
+from .contract import Asked, Contract
+
+ARCHITECTURE, PREPROCESS, LABELS = "architecture.json", "preprocess.json", "labels.json"
+METRICS, PROVENANCE, SELFTEST, CARD, BASE = (
+    "metrics.json", "provenance.json", "selftest.safetensors", "README.md", "base.json",
+)  # fmt: skip
+SUFFIX = ".tkp"
+_READING = "reading/"  # files that reading inputs takes, such as a tokenizer's
+
+_INPUT, _OUTPUT = "input/", "output"
+_EXAMPLES, _TOKENS = 2, 16
+_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+"""Largest difference, over the largest expected value: other kernels and other processors sum in other orders."""
+
+
+@dataclass
+class Contents:
+    """What goes into a package. ``form`` is a registered form with its files; without it the model becomes a graph.
+
+    ``example`` is a batch as the reader gives it, of which the first samples become the self-test. ``base`` names the
+    weights that parameters equal to them are left out for.
+    """
+
+    name: str
+    model: nn.Module
+    contract: Contract
+    example: Batch
+    form: tuple[dict[str, Json], dict[str, bytes]] | None = None
+    metrics: Json = field(default_factory=dict)
+    provenance: Json = field(default_factory=dict)
+    base: str | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Labels(Settings):
+    classes: dict[str, list[str]] = Setting(default_factory=dict)
+    loss: str = ""
+    inputs: list[str] | str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: int = Setting(default=32, ge=1, le=1 << 20)
+    calibration: dict[str, Any] = Setting(default_factory=dict)
+
+
+class _Base(Settings):
+    source: str
+    sha256: str
+    tensors: dict[str, tuple[str, list[int]]]
+    rename: dict[str, str] = Setting(default_factory=dict)
+
+
+class Package:
+    """A package that was loaded: ``.model`` in eval mode, ``.contract``, ``.asked`` to ask it with batches."""
+
+    def __init__(self, archive: Archive, model: nn.Module, contract: Contract, device: str | torch.device | None):
+        self._archive, self._device = archive, device
+        self.path, self.identity = archive.path, archive.identity
+        self.name = str(archive.head.get("name", archive.path.stem))
+        self.model, self.contract = model, contract
+
+    @cached_property
+    def architecture(self) -> Json:
+        """The form of the model."""
+        return self._archive.json(ARCHITECTURE)
+
+    @cached_property
+    def metrics(self) -> Json:
+        """What was measured of it, by split and metric."""
+        return self._optional(METRICS)
+
+    @cached_property
+    def provenance(self) -> Json:
+        """The run it comes from: recipe, seed, data, code, environment, course."""
+        return self._optional(PROVENANCE)
+
+    @cached_property
+    def card(self) -> str:
+        """Its README.md."""
+        return bytes(self._archive.read(CARD)).decode("utf-8", "replace") if CARD in self._archive.names else ""
+
+    @cached_property
+    def selftest(self) -> tuple[Batch, Tensor]:
+        """A batch as the reader gives it, and the outputs expected of it, float32."""
+        return _selftest_in(self._archive.tensors(SELFTEST))
+
+    @cached_property
+    def asked(self) -> Asked:
+        """The model to be asked with batches, on the device that was named, else the best there is."""
+        return Asked(self.model, self.contract, self._device)
+
+    def _optional(self, name: str) -> Json:
+        return self._archive.json(name) if name in self._archive.names else {}
+
+
+def load_package(
+    source: str | Path, *, base: Any = None, trust_code: str | None = None, device: str | torch.device | None = None
+) -> Package:
+    """Open a package and see that its model gives the outputs that were stored with it. No code of others runs.
+
+    ``source`` is a file, a folder, or ``hf:USER/NAME``. ``base`` is what a delta package was made against, as
+    ``tk.load_weights`` takes it. ``trust_code`` is the sha256 of code that the package carries and the caller has read.
+
+    Raises:  PackageError for whatever is damaged, hostile or does not fit; UntrustedCodeError for code without its hash
+    """
+    if str(source).startswith(HUB):
+        from .hub import fetched
+
+        source = fetched(str(source))
+    archive = Archive.open(Path(source).expanduser())
+    contract = _contract_in(archive, device)
+    tensors = archive.tensors(PARAMETERS)
+    if BASE in archive.names:
+        tensors = tensors | _left_out(archive, base)
+    model = built(archive.json(ARCHITECTURE), tensors, contract.schema, _members_of(archive), trust_code)
+    package = Package(archive, model, contract, device)
+    _check_selftest(Asked(model, contract, device or "cpu"), *package.selftest, str(archive.path))
+    return package
+
+
+def _members_of(archive: Archive) -> Any:
+    def member(name: str) -> bytes:
+        if name not in archive.names:
+            raise KeyError(name)
+        return bytes(archive.read(name))
+
+    return member
+
+
+def _contract_in(archive: Archive, device: str | torch.device | None) -> Contract:
+    blobs = {
+        name.removeprefix(_READING): bytes(archive.read(name)) for name in archive.names if name.startswith(_READING)
+    }
+    reader = reader_from_json(archive.json(PREPROCESS), blobs)
+    said = _checked(_Labels, archive.json(LABELS), LABELS)
+    stated = {name: list(reader.schema[name].classes) for name in reader.schema.targets}
+    if said.classes != stated:
+        raise PackageError("the classes are not those of the schema", where=LABELS, got=str(said.classes)[:200],
+                           expected=str(stated)[:200])  # fmt: skip
+    temperature = said.calibration.get("temperature", 1.0)
+    if not isinstance(temperature, int | float) or not 1e-3 <= temperature <= 1e3:
+        raise PackageError("this is no temperature", where=LABELS, got=str(temperature)[:80], expected="about 1")
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    precision = said.precision if on_gpu else "fp32"  # what a processor computes in half precision is slower
+    return Contract(reader, said.loss, said.inputs, precision, said.batch_size, said.calibration)
+
+
+def _checked(form: type[Any], data: Json, where: str) -> Any:
+    try:
+        return check(form, data, where)
+    except SettingsError as error:
+        raise PackageError("this member is not what was written", where=where, got=f"{error.where}: {error.got}"[:300],
+                           expected=error.expected[:300]) from None  # fmt: skip
+
+
+def _left_out(archive: Archive, base: Any) -> TensorTree:
+    """What a delta package takes from its base."""
+    said: _Base = _checked(_Base, archive.json(BASE), BASE)
+    if base is None:
+        raise PackageError(
+            "this package holds only what was trained, and needs its base", where=archive.path,
+            got="no base", expected=f"{said.source[:200]}, sha256 {said.sha256[:64]}",
+            fix="base=… in load_package, or --base on the command line, names the weights it began with",
+        )  # fmt: skip
+    try:
+        wanted = {name: torch.empty(shape, dtype=getattr(torch, kind), device="meta")
+                  for name, (kind, shape) in said.tensors.items()}  # fmt: skip
+    except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+        raise PackageError(
+            "these are no tensors", where=BASE, got=str(error)[:200], expected="types and shapes"
+        ) from None
+    found = _from_base(base, wanted, said.rename)
+    identity = tensor_sha256(found)
+    if found.keys() != wanted.keys() or identity != said.sha256:
+        raise PackageError(
+            "this is not the base that the package was made against",
+            where=base if isinstance(base, str | Path) else "base",
+            got=f"sha256 {identity} of {len(found)} tensors", expected=f"sha256 {said.sha256[:64]} of {len(wanted)}",
+            fix=f"it was made against {said.source[:200]}",
+        )  # fmt: skip
+    return found
+
+
+def _from_base(base: Any, wanted: TensorTree, rename: Mapping[str, str]) -> TensorTree:
+    """The base's tensors that have the model's names and shapes, in the model's types."""
+    tensors, _ = tensors_of(base, wanted, rename)
+    return {name: tensors[name].detach().to("cpu", own.dtype) for name, own in wanted.items()
+            if name in tensors and tensors[name].shape == own.shape}  # fmt: skip
+
+
+def _selftest_in(tensors: TensorTree) -> tuple[Batch, Tensor]:
+    batch: Batch = {}
+    for name in sorted(tensors):
+        if name.startswith(_INPUT):
+            *path, last = name.removeprefix(_INPUT).split("/")
+            place = batch
+            for part in path:
+                place = place.setdefault(part, {})
+            place[last] = tensors[name]
+    if _OUTPUT not in tensors or not batch:
+        raise PackageError("this self-test is none", where=SELFTEST, got=", ".join(tensors)[:200] or "nothing",
+                           expected=f"{_INPUT}NAME and {_OUTPUT}")  # fmt: skip
+    return batch, tensors[_OUTPUT]
+
+
+def _check_selftest(asked: Asked, batch: Batch, expected: Tensor, where: str) -> None:
+    """Raises:  PackageError where the stored inputs do not give the stored outputs"""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = asked(batch)
+    except ModelError as error:
+        raise PackageError("the self-test of this package fails", where=where, got=f"{error.what}: {error.got}"[:400],
+                           expected=error.expected[:300]) from None  # fmt: skip
+    allowed = _TOLERANCE[asked.contract.precision]
+    got = f"outputs {tuple(found.shape)}"
+    if found.shape == expected.shape and expected.is_floating_point():
+        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+        difference = float((found - expected).abs().max()) / scale if expected.numel() else 0.0
+        if difference <= allowed:
+            return
+        got = f"outputs that differ by {difference:.3g} of the largest"
+    raise PackageError(
+        "the self-test of this package fails: the model answers otherwise than when it was packaged", where=where,
+        got=got,
+        expected=f"outputs {tuple(expected.shape)} within {allowed:g}",
+        fix="it may be of another version: provenance.json has the versions that it was made with",
+    )  # fmt: skip
+
+
+# --- writing
+
+
+def write_package(contents: Contents, path: Path, *, folder: bool = False) -> Archive:
+    """Write a package durably, once it was built from what will be written and its self-test passed. Same contents,
+    same bytes.
+
+    Raises:  ModelError where the model has no form that can be kept; PackageError where the path is taken;
+             StorageError where the disk refuses
+    """
+    model = contents.model
+    asked = Asked(model, replace(contents.contract, precision="fp32"), "cpu")
+    batch = _first_rows(contents.example, contents.contract.schema)
+    expected = asked(batch)
+    form, files, tensors = _formed(contents, asked, batch)
+    kept, tied = without_ties(tensors)
+    form = form | ({"tied": tied} if tied else {})
+    _check_finite(kept)
+    delta, base = _delta(kept, contents) if contents.base else (kept, None)
+    rebuilt = built(form, kept, contents.contract.schema, files.__getitem__, form.get("sha256"))
+    _check_selftest(Asked(rebuilt, asked.contract, "cpu"), batch, expected, contents.name)
+    preprocess, blobs = reader_to_json(contents.contract.reader.like, contents.contract.reader.settings)
+    members: dict[str, Any] = {
+        ARCHITECTURE: to_json(form), PREPROCESS: to_json(preprocess), LABELS: to_json(_labels_of(contents.contract)),
+        PARAMETERS: to_safetensors(delta), SELFTEST: to_safetensors(_flat(batch) | {_OUTPUT: expected}), **files,
+        **{_READING + name: data for name, data in blobs.items()},
+        **{name: to_json(data, indent=True) for name, data in
+           ((METRICS, contents.metrics), (PROVENANCE, contents.provenance), (BASE, base)) if data},
+    }  # fmt: skip
+    members[CARD] = model_card(_facts(contents, form, kept, base)).encode()
+    write_archive(path, members, head={"name": contents.name}, folder=folder)
+    return Archive.open(path)
+
+
+def _first_rows(example: Batch, schema: Schema) -> Batch:
+    """The inputs of a few samples: what the self-test asks. Texts are cut short, for every load pays for it."""
+    is_text = any(schema[name].kind == "tokens" for name in schema.inputs)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: cut(inner) for name, inner in value.items()}
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        value = value[:_EXAMPLES, :_TOKENS] if is_text and value.ndim == 2 else value[:_EXAMPLES]
+        return value.detach().cpu().contiguous()
+
+    inputs = {name: value for name, value in valid_rows(example).items() if name not in (*schema.targets, INDEX, "id")}
+    return {name: cut(value) for name, value in inputs.items() if isinstance(value, Tensor | Mapping)}
+
+
+def _flat(batch: Mapping[str, Any], prefix: str = _INPUT) -> TensorTree:
+    found: TensorTree = {}
+    for name, value in batch.items():
+        found |= _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def _formed(contents: Contents, asked: Asked, batch: Batch) -> tuple[dict[str, Json], dict[str, bytes], TensorTree]:
+    """The form, its files and its tensors; a graph where there is no name, or where the name gives another model."""
+    from .exported import export_graph  # imports torch's exporter, .5 s that loading has no need of
+
+    form, files = contents.form or ({}, {})
+    tensors = _tensors_of(contents.model)
+    kept, tied = without_ties(tensors)
+    if form and form["kind"] != "code":
+        with contextlib.suppress(PackageError):
+            built(form | {"tied": tied}, kept, contents.contract.schema, files.__getitem__)
+            return form, files, tensors
+    try:
+        graph, tensors = export_graph(contents.model, *_given(contents.model, asked, batch))
+    except ModelError:
+        if form.get("kind") != "code":
+            raise
+        return form, files, tensors
+    return {"kind": "graph", "class_name": type(contents.model).__name__, "graph": graph}, {}, tensors
+
+
+def _given(model: nn.Module, asked: Asked, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model's forward gets of a batch."""
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+    try:
+        asked(batch)
+    finally:
+        hook.remove()
+    return given[0]
+
+
+def _tensors_of(model: nn.Module) -> TensorTree:
+    odd = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ModelError("this model keeps a state that is no tensor", where=odd[0], expected="parameters and buffers")
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def _check_finite(tensors: TensorTree) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) and "mask" not in name:
+            raise ModelError(
+                "a parameter holds NaN or infinity, and is not handed on", where=name, expected="finite numbers",
+                fix="package a checkpoint from before: --checkpoint STEP",
+            )  # fmt: skip
+
+
+def _delta(tensors: TensorTree, contents: Contents) -> tuple[TensorTree, Json]:
+    """What differs from the base, and what is left out for it."""
+    held = _from_base(contents.base, tensors, contents.rename)
+    same = {name: held[name] for name, own in tensors.items() if name in held and torch.equal(held[name], own.cpu())}
+    if not same:
+        raise PackageError(
+            "nothing in this model is as it is in the base", where=contents.base, got=f"{len(held)} names in common",
+            expected="the weights that the model began with",
+        )  # fmt: skip
+    source = str(contents.base)
+    rows = {name: [str(own.dtype).removeprefix("torch."), list(own.shape)] for name, own in same.items()}
+    said = {"source": source if source.startswith(HUB) else Path(source).name, "sha256": tensor_sha256(same),
+            "tensors": rows, "rename": dict(contents.rename)}  # fmt: skip
+    return {name: tensor for name, tensor in tensors.items() if name not in same}, said
+
+
+def _labels_of(contract: Contract) -> Json:
+    schema, inputs = contract.schema, contract.inputs
+    return {
+        "classes": {name: list(schema[name].classes) for name in schema.targets}, "loss": contract.loss,
+        "inputs": list(inputs) if isinstance(inputs, list | tuple) else inputs,
+        "precision": contract.precision, "batch_size": contract.batch_size, "calibration": contract.calibration,
+    }  # fmt: skip
+
+
+def _facts(contents: Contents, form: Json, tensors: TensorTree, base: Json) -> Json:
+    """What the card is made of."""
+    parameters = {name for name, _ in contents.model.named_parameters()}
+    count = sum(tensor.numel() for name, tensor in tensors.items() if name in parameters)
+    said = {key: form.get(key) for key in ("kind", "name", "class_name") if form.get(key)}
+    return {
+        "name": contents.name, "architecture": said | {"num_parameters": count}, "schema": contents.contract.schema,
+        "loss": contents.contract.loss, "calibration": contents.contract.calibration, "metrics": contents.metrics,
+        "provenance": contents.provenance, "sha256": tensor_sha256(tensors), "base": base,
+        "size_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+    }  # fmt: skip
+
+
+def save_package(
+    model: nn.Module, path: str | Path, example: Any = None, *, dataset: Any = None, classes: Sequence[str] = (),
+    loss: str = "", inputs: Any = None, metrics: Mapping[str, float] | None = None, code: str | None = None,
+    base: str | Path | None = None, name: str | None = None, folder: bool = False,
+) -> Path:  # fmt: skip
+    """Write a model of your own as a package that loads without its class: ``tk.load_package(path).model``.
+
+    ``example``: what the model takes: a tensor (B, …), a tuple of arguments, or a dict of keywords. ``dataset`` in its
+    place also keeps how inputs are read, so that the package predicts files and tables. ``classes`` name the outputs.
+    ``code``: ``file.py:function`` whose call gives this model, carried along where the model cannot be a graph; it runs
+    only by its hash. ``base``: weights that the model began with; what is equal to them is left out. ``metrics`` are
+    stated as they are given.
+
+    Raises:  ModelError where the example does not fit or no form can be kept; PackageError where the path is taken
+    """
+    data, batch = _data_of(model, example, dataset, tuple(classes))
+    keys = None if isinstance(example, Tensor | Mapping) or example is None else tuple(batch)
+    contract = Contract(Reader(data, check(DataSettings, {"train": ""}, "save_package")), loss or _loss_of(data.schema),
+                        inputs or keys)  # fmt: skip
+    form = None
+    if code is not None:
+        if not is_reference(code):
+            raise SettingsError("this names no code", where="code=", got=repr(code), expected="file.py:function")
+        form = coded(read_reference(code, Path.cwd()), ModelSettings(name=code), (), model)
+    path = Path(path)
+    source = str(base) if base is not None else None
+    contents = Contents(name or path.stem, model, contract, batch, form, dict(metrics or {}), {}, source)
+    return write_package(contents, path, folder=folder).path
+
+
+def _loss_of(schema: Schema) -> str:
+    kind = str(next((schema[name].kind for name in schema.targets), ""))
+    return {"label": "cross_entropy", "multilabel": "binary_cross_entropy", "number": "mse"}.get(kind, "")
+
+
+def _data_of(
+    model: nn.Module, example: Any, dataset: Any, classes: tuple[str, ...]
+) -> tuple[KeyedDataset, Batch]:  # fmt: skip
+    """The dataset that tells how inputs are read, and a batch of it."""
+    if dataset is not None:
+        data = as_dataset(dataset)
+        return data, Loader(data, batch_size=_EXAMPLES, workers=0).peek()
+    batch = _named(model, example)
+    fields = {key: Field("tensor", tuple(value.shape[1:])) for key, value in batch.items()}
+    if classes:
+        fields["label"] = Field("label", (), classes, is_target=True)
+    none = Columns()
+    none.columns, none.schema, none.where = {"": torch.empty(0)}, Schema(fields), "example"
+    return none, batch
+
+
+def _named(model: nn.Module, example: Any) -> Batch:
+    if isinstance(example, Mapping):
+        batch = dict(example)
+    else:
+        names = list(inspect.signature(model.forward).parameters) or ["input"]
+        values = list(example) if isinstance(example, tuple | list) else [example]
+        batch = {names[i] if i < len(names) else f"input_{i}": value for i, value in enumerate(values)}
+    odd = [key for key, value in batch.items() if not isinstance(value, Tensor) or not value.ndim]
+    if odd or not batch:
+        raise ModelError("a package needs an example of what the model takes", where="save_package",
+                         got=f"{', '.join(odd) or 'none'}: {type(example).__name__}",
+                         expected="a tensor (B, …), a tuple of them, a dict of them, or dataset=…")  # fmt: skip
+    return batch

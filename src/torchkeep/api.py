@@ -1,11 +1,11 @@
-"""The verbs: train, fit, resume, evaluate, predict, inspect. The command line calls these and nothing else."""
+"""The verbs: train, fit, resume, evaluate, inspect. The command line calls these and nothing else."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,6 @@ from .running import (
     work_of,
 )
 from .settings import check
-from .share.predict import Prediction
 from .training.decisions import Decisions
 from .training.prefix import GAIN
 from .training.prepare import Feeding, Prepared, Work, describe_object
@@ -228,11 +227,6 @@ def open_run(run_dir: str | Path, *, trust_code: str | None = None) -> Run:
 def evaluate(run_dir: str | Path, data: Any = None, *, trust_code: str | None = None) -> dict[str, float]:
     """Loss and metrics of a run's best checkpoint on ``data``; without data on its test or validation split."""
     return open_run(run_dir, trust_code=trust_code).evaluate(data)
-
-
-def predict(run_dir: str | Path, inputs: Any, *, trust_code: str | None = None) -> Iterator[Prediction]:
-    """Predictions of a run's best checkpoint, in the inputs' order."""
-    return open_run(run_dir, trust_code=trust_code).predict(inputs)
 
 
 def inspect(

@@ -34,6 +34,7 @@ from .share.package import (
     SUFFIX,
     load_package,
 )
+from .share.predict import Prediction, Predictor
 from .share.reproduce import Reproduced, compared, environment_differences, placements
 from .tensors import tensor_sha256
 from .training.provenance import environment
@@ -63,7 +64,24 @@ def opened(
     """
     if is_run(source):
         return open_run(source, trust_code=trust_code).asked(which, device=device)
+    if Path(source).is_dir() and not is_package(source):
+        raise PackageError(
+            "this is neither a run nor a package", where=source, got="a folder without a run.json or package.json",
+            expected="a run's folder, a .tkp file, a package's folder, or hf:USER/NAME",
+        )  # fmt: skip
     return load_package(source, base=base, trust_code=trust_code, device=device).asked
+
+
+def predict(
+    source: str | Path, inputs: Any, *, which: Which = "best", base: Any = None, trust_code: str | None = None,
+    device: str | torch.device | None = None, top: int = 1,
+) -> Iterator[Prediction]:  # fmt: skip
+    """Predictions of a run or a package in the inputs' order; ``tk.Predictor`` keeps the model for further inputs.
+
+    Raises:  as ``opened`` does; DataError for inputs that are not there
+    """
+    asked = opened(source, which=which, base=base, trust_code=trust_code, device=device)
+    return Predictor(asked, top=top).stream(inputs)
 
 
 def is_package(source: str | Path) -> bool:

@@ -20,6 +20,7 @@ READING_ORDER = [
     "gradients",
     "files",
     "tensors",
+    "archive",
     "folder",
     "settings",
     "usercode",
@@ -34,8 +35,9 @@ ROOMS_BELOW = {
     "running": {"root", *WINGS, "training", "share"},
     "transfer": {"root", *WINGS, "training", "share", "running"},
     "api": {"root", *WINGS, "training", "share", "running"},
+    "handing": {"root", *WINGS, "training", "share", "running", "api"},
 }
-TOP = {"cli", "__init__", "__main__"}  # may import everything
+TOP = {"cli", "cli_handing", "__init__", "__main__"}  # may import everything
 
 
 def room_of(name: str) -> str:

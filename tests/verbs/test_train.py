@@ -55,7 +55,7 @@ def test_the_digits_recipe_leaves_a_whole_run_and_its_next_commands_work(desk: A
     assert [command.split()[:2] for command in commands] == [
         ["torchkeep", "evaluate"],
         ["torchkeep", "predict"],
-        ["torchkeep", "inspect"],
+        ["torchkeep", "package"],
         ["tensorboard", "--logdir"],
     ]
     measured = desk.type(*shlex.split(commands[0])[1:])  # in a process of its own: nothing is left of the training
@@ -64,7 +64,10 @@ def test_the_digits_recipe_leaves_a_whole_run_and_its_next_commands_work(desk: A
     test_loss = f"{end['metrics']['test/loss']:.3f}"
     assert any(line.split() == ["test/loss", test_loss] for line in measured.out.splitlines())
 
-    inspected = desk.say(*shlex.split(commands[2])[1:])
+    packaged = desk.say(*shlex.split(commands[2])[1:])
+    assert packaged.code == 0
+    assert (desk.folder / "digits.tkp").is_file()
+    inspected = desk.say("inspect", "runs/digits")
     assert inspected.code == 0
     assert "(32, 1, 8, 8)" in inspected.out
     assert "1,182" in inspected.out

@@ -40,7 +40,9 @@ _ATTENTION = (None, "eager", "sdpa")
 _MAX_CONFIG_BYTES = 4 << 20  # such as the names of 20,000 classes
 _MAX_COUNT = 1 << 20  # of layers, labels …: of each the library may make an object
 _LIBRARY_NAME = re.compile(r"(timm|torchvision):[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_LIBRARY_ARGS = re.compile(r"pretrained|checkpoint|weights|path|file|url|cache|scriptable|strict")  # would read or fetch
+_LIBRARY_ARGS = re.compile(
+    r"pretrained|checkpoint|weights|path|file|url|cache|scriptable|strict"
+)  # would read or fetch
 _ROOM = 1 << 22  # of numbers beside the parameters that a model may make when it is built
 _CALLS, _CALLS_A_TENSOR = 10_000, 100
 _INT32 = (1 << 31) - 1
@@ -145,6 +147,17 @@ def checked_form(data: Json) -> _Registered | _Graph | _Code:
     if isinstance(said, _Registered):
         _check_name(said)
     return said
+
+
+def files_of(data: Json) -> set[str]:
+    """The members that a form may take beside its tensors.
+
+    Raises:  PackageError as ``checked_form``
+    """
+    said = checked_form(data)
+    if isinstance(said, _Code):
+        return {CODE + said.name.rpartition(":")[0]}
+    return {CONFIG, PREPROCESSOR} if said.kind == "hf" else set()
 
 
 def _check_name(said: _Registered) -> None:
@@ -270,7 +283,9 @@ def _check_config(data: Json) -> None:
         is_other = key == "model_type" and str(value).startswith("timm")
         is_giant = isinstance(value, int) and abs(value) > _MAX_COUNT and not key.startswith(("max_position", "vocab"))
         if is_odd or is_other or is_giant:
-            raise _refused(f"{key[:80]} = {str(value)[:80]}", "a configuration of the library's own model", where=CONFIG)
+            raise _refused(
+                f"{key[:80]} = {str(value)[:80]}", "a configuration of the library's own model", where=CONFIG
+            )
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, dict):
                 _check_config(inner)
@@ -301,14 +316,14 @@ class _Building(TorchFunctionMode):
         self._numbers, self._calls = self._numbers - numbers, self._calls - 1
         if self._numbers < 0 or self._calls < 0:
             # this one goes through whoever builds: they say any other error in words of their own
-            raise ModelError("it would grow beyond the parameters that are there", where=_WHERE,
-                             got="settings for a larger model", expected="those that the parameters are of")  # fmt: skip
+            raise ModelError("it would grow beyond the parameters that are there", got="settings of a larger one")
 
 
 _DRAWS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_",
           "xavier_normal_", "orthogonal_", "bernoulli_", "exponential_", "random_")  # fmt: skip
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "linspace", "eye", "randint")
-_GROWING = ("repeat", "cat", "stack", "outer", "matmul", "tril", "triu", "clone", "__add__", "__mul__", "repeat_interleave")
+_GROWING = ("repeat", "cat", "stack", "outer", "matmul", "tril", "triu", "clone", "__add__", "__mul__",
+            "repeat_interleave")  # fmt: skip
 
 
 def _made(make: Callable[[], nn.Module], tensors: TensorTree) -> nn.Module:

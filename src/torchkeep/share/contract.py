@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..model.freeze import evaluating
 from ..settings import check
 from ..training.binding import Binding, Inputs, batch_text
-from ..training.device import Mover, autocast, default_device
+from ..training.device import Mover, autocast, default_device, existing_device
 from ..training.objective import prediction_of
 from ..training.prepare import Prepared
 
@@ -68,7 +68,8 @@ class Asked:
     and gradients are left as they were.
 
     Shapes:  batch as the reader gives it, images uint8 (B, C, H, W) → (B, K), (B,) or what the model gives
-    Raises:  ModelError for a batch that the model does not take, showing both
+    Raises:  ModelError for a batch that the model does not take, showing both; SettingsError for a device that is not
+             there
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class Asked:
         call: Callable[[Batch], Any] | None = None,
     ):  # fmt: skip
         self.contract = contract
-        self.device = torch.device(device) if device is not None else default_device()[0]
+        named = existing_device(str(device), f"device = {str(device)!r}") if device is not None else None
+        self.device = named or default_device()[0]
         self.model = model.to(self.device)
         self.mover = Mover(self.device, contract.schema)
         self._call = call
@@ -91,6 +93,8 @@ class Asked:
         try:
             with autocast(self.contract.precision, self.device):
                 output = prediction_of(call(self.mover(batch)))
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError, LookupError, ModelError) as error:
             raise self._misfit(batch, error) from error
         if not isinstance(output, Tensor):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..contracts import Json, TensorTree
 from ..errors import ModelError
 from .operations import Argument, Operation, find_operation
+from .shapes import by_shapes, empty
 
 _MAX_NODES = 200_000
 _MAX_DEPTH = 32
@@ -108,8 +109,8 @@ class GraphModel(nn.Module):
         tensors = [*leaves, *held]
         most = min(_MAX_ELEMENTS, max(_LEAST_ELEMENTS, _GROWTH * sum(tensor.numel() for tensor in tensors)))
         with torch.no_grad():
-            empty = [torch.empty_like(tensor, device="meta") for tensor in tensors]
-            self._plan.run([torch.device("meta"), *empty], _Ledger(most))
+            shaped = [empty(tensor.shape, tensor.dtype) for tensor in tensors]
+            self._plan.run([torch.device("meta"), *shaped], _Ledger(most))
         self._fitting.add(shapes)
 
 
@@ -178,9 +179,9 @@ class _Plan:
         _check_tree(self._output, len(self._outputs), [])
         self._thrifty = self._compiled(is_thrifty=True)
         self._steps = self._compiled()
-        self._shapes = [
-            (_like_first if row.operation.is_like_first else function, *rest)
-            for row, (function, *rest) in zip(self._raw, self._steps, strict=True)
+        self._shapes: list[_Step] = [
+            (_called(row, by_shapes(row.operation)), *step[1:])
+            for row, step in zip(self._raw, self._steps, strict=True)
         ]
         del self._raw, self._operations, self._kinds
 
@@ -402,14 +403,10 @@ def _constant(value: Json, argument: Argument) -> Any:
     return value
 
 
-def _called(row: _Row, in_place: Callable[..., Any] | None) -> Callable[..., Any]:
-    function = in_place or row.operation.function
+def _called(row: _Row, instead: Callable[..., Any] | None) -> Callable[..., Any]:
+    function = instead or row.operation.function
     function = functools.partial(function, **row.constants) if row.constants else function
     return (lambda device, *args: function(*args, device=device)) if row.operation.is_placed else function
-
-
-def _like_first(first: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(first)
 
 
 def _listed(*items: Any) -> list[Any]:

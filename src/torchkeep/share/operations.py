@@ -81,12 +81,6 @@ _IN_PLACE = """
 elu.default gelu.default hardsigmoid.default hardswish.default hardtanh.default leaky_relu.default relu.default
 silu.default
 """
-# gives what its first argument is like; torch finds that out in Python for some, and imports its compiler for it
-_LIKE_FIRST = """
-batch_norm.default celu.default elu.default gelu.default group_norm.default hardsigmoid.default
-hardswish.default hardtanh.default instance_norm.default layer_norm.default leaky_relu.default mish.default relu.default
-relu6.default rms_norm.default selu.default silu.default
-"""
 _TYPES_OF_A_CALL = ("Layout", "Device", "Generator")  # never in a file: the interpreter chooses them
 _INT_BOUND = 1 << 63
 
@@ -110,7 +104,6 @@ class Operation:
     """What a name means: the function, its arguments, what it gives, and whether it must be told a device.
 
     ``is_fresh``: its result shares memory with nothing. ``in_place`` does the same to its first argument.
-    ``is_like_first``: the result has the first argument's shape and type.
     """
 
     name: str
@@ -120,7 +113,6 @@ class Operation:
     is_placed: bool = False
     is_fresh: bool = False
     in_place: Callable[..., Any] | None = None
-    is_like_first: bool = False
 
     @property
     def positional(self) -> tuple[Argument, ...]:
@@ -176,8 +168,7 @@ def _found(name: str) -> Operation:
     is_fresh = torch.Tag.pointwise in function.tags or f"{packet}.{overload}" in _FRESH.split()
     is_both = f"{packet}.{overload}" in _IN_PLACE.split()
     in_place = getattr(getattr(torch.ops.aten, f"{packet}_"), overload) if is_both else None
-    is_like_first = f"{packet}.{overload}" in _LIKE_FIRST.split()
-    return Operation(name, function, arguments, gives, is_placed, is_fresh, in_place, is_like_first)
+    return Operation(name, function, arguments, gives, is_placed, is_fresh, in_place)
 
 
 def _left_out(row: Any) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, model_validator
 from pydantic import Field as Setting
-from pydantic import field_validator, model_validator
 
 from ..contracts import Json, TensorTree
 from ..folder import RunFolder
@@ -62,10 +62,15 @@ class _Data(Settings):
 
 
 class _Attempts(Settings):
-    count: int
     from_steps: list[int]
     changed: list[str]
     exact: bool
+
+
+class _Environment(Settings):
+    model_config = ConfigDict(extra="allow")
+    packages: dict[str, str]
+    lock: list[str] = Setting(default_factory=list)
 
 
 class _Checkpoint(Settings):
@@ -78,33 +83,21 @@ class _Checkpoint(Settings):
 
 class _Origin(Settings):
     recipe: dict[str, Any] | None
-    settings: dict[str, Any] | None = None
-    objects: dict[str, Any] | None = None
-    batch_size: int | None = None
+    settings: dict[str, Any] | None
+    objects: dict[str, Any] | None
+    batch_size: int | None
     seed: int
     decisions: list[_Decision]
     data: _Data
     weights: dict[str, Any] | None
     code: _Code | None
     code_files: list[_File]
-    environment: dict[str, Any]
+    environment: _Environment
     device: str | None
     command: list[str]
     attempts: _Attempts
     checkpoint: _Checkpoint
     course: dict[str, list[tuple[int, float | str]]]
-
-    @field_validator("environment")
-    @classmethod
-    def _has_packages(cls, environment: dict[str, Any]) -> dict[str, Any]:
-        lock, packages = environment.get("lock", []), environment.get("packages", {})
-        if (
-            not isinstance(packages, dict)
-            or not isinstance(lock, list)
-            or not all(isinstance(row, str) for row in lock)
-        ):
-            raise ValueError("packages by name, and a lock of lines")
-        return environment
 
 
 def read_origin(data: Json, where: object) -> Json:
@@ -128,11 +121,12 @@ def origin_of(folder: RunFolder, saved: Saved, most: int | None = MAX_POINTS) ->
     starts = [row for row in records_of(folder.records, "attempt_start") if _began(row) < max(saved.step, 1)]
     settings = (starts[-1].get("settings") if starts else None) or facts.get("recipe") or facts.get("settings")
     is_recipe, start = facts.get("recipe") is not None, next(records_of(folder.records, "run_start"), {})
-    own = {} if is_recipe else {"settings": _portable(settings), **{key: facts.get(key) for key in _OF_A_PROGRAM}}
     command = [str(word) for word in facts.get("command", [])]
     said = {
         "recipe": _portable(settings) if is_recipe else None,
-        **own,
+        "settings": None if is_recipe else _portable(settings),
+        "objects": facts.get("objects"),
+        "batch_size": facts.get("batch_size"),
         "seed": facts.get("seed", 0),
         "decisions": facts["decisions"],
         "data": {"fingerprints": facts["data"]["fingerprints"]},
@@ -147,9 +141,6 @@ def origin_of(folder: RunFolder, saved: Saved, most: int | None = MAX_POINTS) ->
     }
     anonymous: dict[str, Json] = _without_places(said, Path(facts["base"]) if facts.get("base") else None)
     return anonymous | {"course": _course(folder.records, most)}
-
-
-_OF_A_PROGRAM = ("objects", "batch_size")
 
 
 def parameters_of(folder: RunFolder, saved: Saved) -> TensorTree:
@@ -175,7 +166,7 @@ def _weights(report: Json) -> Json:
 def _attempts(starts: Sequence[Record], saved: Saved) -> Json:
     """How often the run went on, and what its settings had that the first attempt's had not."""
     changed = {row[0] for start in starts for row in difference(starts[0].get("settings"), start.get("settings"))}
-    return {"count": len(starts), "from_steps": [_began(start) for start in starts], "changed": sorted(changed),
+    return {"from_steps": [_began(start) for start in starts], "changed": sorted(changed),
             "exact": saved.is_exact and not changed}  # fmt: skip
 
 

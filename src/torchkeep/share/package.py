@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,25 +21,27 @@ from typing import Any, Literal
 import torch
 from pydantic import Field as Setting
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..archive import PARAMETERS, Archive, write_archive
 from ..contracts import INDEX, Batch, Field, Json, KeyedDataset, Schema, TensorTree
 from ..data.arrays import Columns
 from ..data.foreign import as_dataset
 from ..data.loader import Loader
-from ..data.readers import Reader, reader_from_json, reader_to_json
+from ..data.readers import TOKENIZER, Reader, reader_from_json, reader_to_json
 from ..data.reading import valid_rows
 from ..data.sources import DataSettings
-from ..errors import ModelError, PackageError, SettingsError
+from ..errors import ModelError, PackageError, SettingsError, TorchkeepError
 from ..model.build import ModelSettings
 from ..model.hub import HUB
 from ..model.weights import tensors_of
 from ..settings import Settings, check
 from ..tensors import tensor_sha256, to_json, to_safetensors
 from ..usercode import is_reference, read_reference
-from .architecture import built, coded, without_ties
+from .architecture import built, coded, files_of, without_ties
 from .card import model_card
 from .contract import Asked, Contract
+from .graph import DTYPES
 
 ARCHITECTURE, PREPROCESS, LABELS = "architecture.json", "preprocess.json", "labels.json"
 METRICS, PROVENANCE, SELFTEST, CARD, BASE = (
@@ -47,8 +50,13 @@ METRICS, PROVENANCE, SELFTEST, CARD, BASE = (
 SUFFIX = ".tkp"
 _READING = "reading/"  # files that reading inputs takes, such as a tokenizer's
 
-_INPUT, _OUTPUT = "input/", "output"
+_NAMES = {ARCHITECTURE, PARAMETERS, PREPROCESS, LABELS, METRICS, PROVENANCE, SELFTEST, CARD, BASE, _READING + TOKENIZER}
+
+_INPUT, _OUTPUT = "input", "output"
 _EXAMPLES, _TOKENS = 2, 16
+_MOST_SAMPLES, _MOST_ASKED, _MOST_NESTED = 16, 1 << 26, 8  # of a self-test: samples, numbers, dicts in one another
+_MOST_IN_BATCH = 1 << 31  # numbers
+_ROOM, _GROWTH, _MOST_NUMBERS = 1 << 26, 1 << 6, 1 << 29  # in one tensor: always, for each one that is there, at all
 _TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 """Largest difference, over the largest expected value: other kernels and other processors sum in other orders."""
 
@@ -146,13 +154,15 @@ def load_package(
 
         source = fetched(str(source))
     archive = Archive.open(Path(source).expanduser())
-    contract = _contract_in(archive, device)
+    contract = contract_in(archive, device)
     tensors = archive.tensors(PARAMETERS)
     if BASE in archive.names:
         tensors = tensors | _left_out(archive, base)
+    if name := _not_finite(tensors):
+        raise PackageError("a parameter holds NaN or infinity", where=name[:200], expected="finite numbers")
     model = built(archive.json(ARCHITECTURE), tensors, contract.schema, _members_of(archive), trust_code)
     package = Package(archive, model, contract, device)
-    _check_selftest(Asked(model, contract, device or "cpu"), *package.selftest, str(archive.path))
+    _check_selftest(model, contract, *package.selftest, str(archive.path), device or "cpu")
     return package
 
 
@@ -165,7 +175,18 @@ def _members_of(archive: Archive) -> Any:
     return member
 
 
-def _contract_in(archive: Archive, device: str | torch.device | None) -> Contract:
+def contract_in(archive: Archive, device: str | torch.device | None = None) -> Contract:
+    """What a package says of itself, nothing built: each member has the form that is written, and there is no other.
+
+    Raises:  PackageError naming the member
+    """
+    more = sorted(set(archive.names) - _NAMES - files_of(archive.json(ARCHITECTURE)))
+    if more:
+        raise PackageError("a package of this form has no such member", where=f"{more[0]} in {archive.path}",
+                           expected=", ".join(sorted(_NAMES)))  # fmt: skip
+    _check_origin(*(archive.json(name) if name in archive.names else {} for name in (METRICS, PROVENANCE)))
+    if BASE in archive.names:
+        _checked(_Base, archive.json(BASE), BASE)
     blobs = {
         name.removeprefix(_READING): bytes(archive.read(name)) for name in archive.names if name.startswith(_READING)
     }
@@ -176,8 +197,15 @@ def _contract_in(archive: Archive, device: str | torch.device | None) -> Contrac
         raise PackageError("the classes are not those of the schema", where=LABELS, got=str(said.classes)[:200],
                            expected=str(stated)[:200])  # fmt: skip
     temperature = said.calibration.get("temperature", 1.0)
-    if not isinstance(temperature, int | float) or not 1e-3 <= temperature <= 1e3:
+    if type(temperature) not in (int, float) or not 1e-3 <= temperature <= 1e3:
         raise PackageError("this is no temperature", where=LABELS, got=str(temperature)[:80], expected="about 1")
+    shapes = [field.shape or () for field in reader.schema.values() if not field.is_target]
+    numbers = max((math.prod(size or 1 for size in shape) for shape in shapes), default=1)
+    if said.batch_size * numbers > _MOST_IN_BATCH:
+        raise PackageError(
+            "a batch of these inputs would fit into no memory", where=LABELS,
+            got=f"batch_size {said.batch_size:,} of {numbers:,} numbers", expected=f"{_MOST_IN_BATCH:,} in all",
+        )  # fmt: skip
     on_gpu = device is not None and torch.device(device).type == "cuda"
     precision = said.precision if on_gpu else "fp32"  # what a processor computes in half precision is slower
     return Contract(reader, said.loss, said.inputs, precision, said.batch_size, said.calibration)
@@ -201,9 +229,9 @@ def _left_out(archive: Archive, base: Any) -> TensorTree:
             fix="base=… in load_package, or --base on the command line, names the weights it began with",
         )  # fmt: skip
     try:
-        wanted = {name: torch.empty(shape, dtype=getattr(torch, kind), device="meta")
+        wanted = {name: torch.empty(shape, dtype=DTYPES[kind], device="meta")
                   for name, (kind, shape) in said.tensors.items()}  # fmt: skip
-    except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+    except (RuntimeError, KeyError, OverflowError) as error:
         raise PackageError(
             "these are no tensors", where=BASE, got=str(error)[:200], expected="types and shapes"
         ) from None
@@ -226,30 +254,84 @@ def _from_base(base: Any, wanted: TensorTree, rename: Mapping[str, str]) -> Tens
             if name in tensors and tensors[name].shape == own.shape}  # fmt: skip
 
 
+def _check_origin(metrics: Json, origin: Json) -> None:
+    measured = metrics.get("values", metrics) if isinstance(metrics, dict) else None
+    if not isinstance(measured, dict) or not all(type(value) in (int, float) for value in measured.values()):
+        raise PackageError("these are no metrics", where=METRICS, got=str(metrics)[:200], expected="numbers by name")
+    if not isinstance(origin, dict) or not isinstance(origin.get("code"), dict | None):
+        raise PackageError("this is no origin", where=PROVENANCE, got=str(origin)[:200], expected="facts by name")
+
+
 def _selftest_in(tensors: TensorTree) -> tuple[Batch, Tensor]:
     batch: Batch = {}
-    for name in sorted(tensors):
-        if name.startswith(_INPUT):
-            *path, last = name.removeprefix(_INPUT).split("/")
+    try:
+        for name in sorted(tensors.keys() - {_OUTPUT}):
+            kind, *path, last = name.split("/")
+            if kind != _INPUT or not last or len(path) > _MOST_NESTED or not 0 < len(tensors[name]) <= _MOST_SAMPLES:
+                raise ValueError(name)
             place = batch
             for part in path:
                 place = place.setdefault(part, {})
             place[last] = tensors[name]
-    if _OUTPUT not in tensors or not batch:
-        raise PackageError("this self-test is none", where=SELFTEST, got=", ".join(tensors)[:200] or "nothing",
-                           expected=f"{_INPUT}NAME and {_OUTPUT}")  # fmt: skip
-    return batch, tensors[_OUTPUT]
+        numbers = sum(tensor.numel() for tensor in tensors.values())
+        if not batch or numbers > _MOST_ASKED:
+            raise ValueError(f"{numbers:,} numbers")
+        return batch, tensors[_OUTPUT]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        expected = f"{_INPUT}/NAME of 1 to {_MOST_SAMPLES} samples, and {_OUTPUT}"
+        raise PackageError("this self-test is none", where=SELFTEST, got=str(error)[:200], expected=expected) from None
 
 
-def _check_selftest(asked: Asked, batch: Batch, expected: Tensor, where: str) -> None:
+class _Bounded(TorchFunctionMode):
+    """Looks at the size of what a layer gives before it is made: wide layers and a large input, which make a small
+    file, would take any memory."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self._most = most
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if len(args) > 1 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            self._check(_most_given(getattr(func, "__name__", ""), args, kwargs))
+        made = func(*args, **kwargs)
+        self._check(made.numel() if isinstance(made, Tensor) else 0)
+        return made
+
+    def _check(self, numbers: int) -> None:
+        if numbers > self._most:
+            raise ModelError("the model takes too much memory", got=f"{numbers:,} numbers in one tensor",
+                             expected=f"at most {self._most:,} for such inputs and parameters")  # fmt: skip
+
+
+def _most_given(name: str, args: Any, kwargs: Mapping[str, Any]) -> int:
+    """How many numbers a layer gives, at most; 0 where it gives about what it takes."""
+    given, other = args[:2]
+    if name.startswith("conv") and given.ndim > 2:
+        strides = args[3] if len(args) > 3 else kwargs.get("stride", 1)
+        steps = math.prod(strides) if isinstance(strides, tuple | list) else strides ** (given.ndim - 2)
+        return int(len(given) * given[0, 0].numel() * other.shape[0] // (1 if "transpose" in name else max(1, steps)))
+    if name == "embedding":  # whichever of the two is the table
+        return int(min(given.numel(), other.numel()) * max(given.shape[-1:] + other.shape[-1:]))
+    axis = {"linear": 0, "scaled_dot_product_attention": -2, "matmul": -1, "bmm": -1}.get(name)
+    if axis is None or min(given.ndim, other.ndim) < 2:
+        return 0
+    return int(given.numel() // max(1, given.shape[-1]) * other.shape[axis])
+
+
+def _check_selftest(
+    model: nn.Module, contract: Contract, batch: Batch, expected: Tensor, where: str, device: str | torch.device = "cpu"
+) -> None:  # fmt: skip
     """Raises:  PackageError where the stored inputs do not give the stored outputs"""
+    there = sum(tensor.numel() for tensor in (*_flat(batch).values(), *model.state_dict().values()))
     try:
-        with warnings.catch_warnings(action="ignore"):
-            found = asked(batch)
-    except ModelError as error:
-        raise PackageError("the self-test of this package fails", where=where, got=f"{error.what}: {error.got}"[:400],
-                           expected=error.expected[:300]) from None  # fmt: skip
-    allowed = _TOLERANCE[asked.contract.precision]
+        with warnings.catch_warnings(action="ignore"), _Bounded(min(max(_ROOM, _GROWTH * there), _MOST_NUMBERS)):
+            found = Asked(model, contract, device)(batch)
+    except (TorchkeepError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        said = f"{error.what}: {error.got}" if isinstance(error, TorchkeepError) else f"{type(error).__name__}: {error}"
+        raise PackageError("the self-test of this package fails", where=where, got=said[:400],
+                           expected=getattr(error, "expected", "")[:300]) from None  # fmt: skip
+    allowed = _TOLERANCE[contract.precision]
     got = f"outputs {tuple(found.shape)}"
     if found.shape == expected.shape and expected.is_floating_point():
         scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
@@ -282,10 +364,16 @@ def write_package(contents: Contents, path: Path, *, folder: bool = False) -> Ar
     form, files, tensors = _formed(contents, asked, batch)
     kept, tied = without_ties(tensors)
     form = form | ({"tied": tied} if tied else {})
-    _check_finite(kept)
+    if name := _not_finite(kept):
+        raise ModelError(
+            "a parameter holds NaN or infinity, and is not handed on", where=name, expected="finite numbers",
+            fix="package a checkpoint from before: --checkpoint STEP",
+        )  # fmt: skip
     delta, base = _delta(kept, contents) if contents.base else (kept, None)
     rebuilt = built(form, kept, contents.contract.schema, files.__getitem__, form.get("sha256"))
-    _check_selftest(Asked(rebuilt, asked.contract, "cpu"), batch, expected, contents.name)
+    _selftest_in(_flat(batch) | {_OUTPUT: expected})
+    _check_selftest(rebuilt, asked.contract, batch, expected, contents.name)
+    _check_origin(contents.metrics, contents.provenance)
     preprocess, blobs = reader_to_json(contents.contract.reader.like, contents.contract.reader.settings)
     members: dict[str, Any] = {
         ARCHITECTURE: to_json(form), PREPROCESS: to_json(preprocess), LABELS: to_json(_labels_of(contents.contract)),
@@ -315,10 +403,10 @@ def _first_rows(example: Batch, schema: Schema) -> Batch:
     return {name: cut(value) for name, value in inputs.items() if isinstance(value, Tensor | Mapping)}
 
 
-def _flat(batch: Mapping[str, Any], prefix: str = _INPUT) -> TensorTree:
+def _flat(batch: Mapping[str, Any], place: str = _INPUT) -> TensorTree:
     found: TensorTree = {}
     for name, value in batch.items():
-        found |= _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+        found |= _flat(value, f"{place}/{name}") if isinstance(value, Mapping) else {f"{place}/{name}": value}
     return found
 
 
@@ -360,19 +448,25 @@ def _tensors_of(model: nn.Module) -> TensorTree:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
-def _check_finite(tensors: TensorTree) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) and "mask" not in name:
-            raise ModelError(
-                "a parameter holds NaN or infinity, and is not handed on", where=name, expected="finite numbers",
-                fix="package a checkpoint from before: --checkpoint STEP",
-            )  # fmt: skip
+def _not_finite(tensors: TensorTree) -> str:
+    """The first parameter that holds NaN or infinity; a mask may."""
+    numbers = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point() and "mask" not in name)
+    return next((name for name, tensor in numbers if not _is_finite(tensor)), "")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # a sum shows NaN and infinity in one reading; that of very large numbers may be one though they are not
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _delta(tensors: TensorTree, contents: Contents) -> tuple[TensorTree, Json]:
     """What differs from the base, and what is left out for it."""
     held = _from_base(contents.base, tensors, contents.rename)
-    same = {name: held[name] for name, own in tensors.items() if name in held and torch.equal(held[name], own.cpu())}
+    same = {
+        name: held[name]
+        for name, own in tensors.items()
+        if name in held and own.dtype in DTYPES.values() and torch.equal(held[name], own.cpu())
+    }
     if not same:
         raise PackageError(
             "nothing in this model is as it is in the base", where=contents.base, got=f"{len(held)} names in common",

@@ -97,7 +97,7 @@ def _differences(then: dict[str, Json], now: dict[str, Json]) -> list[tuple[str,
 
 def environment_differences(then: Json, now: Json) -> list[tuple[str, Json, Json]]:
     """What differs between two environments."""
-    return difference(_machine(then, then.get("packages", {})), _machine(now, now.get("packages", {})))
+    return difference(_machine(then, then["packages"]), _machine(now, now["packages"]))
 
 
 def placements(data: Sequence[str]) -> list[str]:
@@ -145,7 +145,7 @@ def _facts(origin: Json) -> dict[str, Json]:
         "settings": origin["recipe"],
         "data": origin["data"]["fingerprints"],
         "weights": origin["weights"],
-        "environment": _machine(environment, lock or environment.get("packages", {})) | {"device": origin["device"]},
+        "environment": _machine(environment, lock or environment["packages"]) | {"device": origin["device"]},
         "decisions": {row["name"]: row["value"] for row in origin["decisions"]},
         "attempts": {"changed": origin["attempts"]["changed"]},
         "code": {row["path"]: row["sha256"][:_SHORT] for row in origin["code_files"]} | _code(origin["code"] or {}),

@@ -159,20 +159,18 @@ def changed(good: Path, path: Path, changes: Mapping[str, Any], head: Mapping[st
             del members[name]
         elif callable(change):
             data = orjson.loads(members[name]) if name in members else {}
-            members[name] = orjson.dumps(change(data))
+            members[name] = json.dumps(change(data)).encode()
         else:
             members[name] = to_safetensors(change) if isinstance(change, dict) else change
     write_archive(path, members, head={"name": "a", **(head or {})})
     return path
 
 
-
-
 # --- a child process that loads packages and says what came of each
 
 FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.posix_spawn", "os.exec",
              "pickle.find_class")  # fmt: skip
-CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.chmod")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -185,11 +183,14 @@ class Watch:
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         is_write = event == "open" and isinstance(args[2], int) and args[2] & WRITES
+        is_within = args and isinstance(args[-1], int) and args[-1] >= 0  # of a folder that is open: seen by its path
         if event == "exec" and not args[0].co_filename.startswith(self._known):
             self.seen.append(f"exec {args[0].co_filename}")
         if event in FORBIDDEN:
             self.seen.append(f"{event} {args}"[:200])
-        if (is_write or event in CHANGES) and not str(args[0]).startswith((self._writable, "/dev/null")):
+        if (is_write or (event in CHANGES and not is_within)) and not str(args[0]).startswith(
+            (self._writable, "/dev/null")
+        ):
             self.seen.append(f"{event} {args[0]}"[:200])
 
 

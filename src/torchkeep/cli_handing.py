@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .errors import EXIT_BAD_ROWS, EXIT_FAILED, SettingsError
+
+if TYPE_CHECKING:
+    from .share.package import Package
 
 _TRUST = click.option("--trust-code", metavar="HASH", help="Run the code that is named, if it has this sha256.")
 _BASE = click.option("--base", metavar="WEIGHTS", help="What a delta package was made against.")
@@ -104,14 +109,91 @@ def evaluate(source: str) -> None:
 
 @click.command()
 @click.argument("source", type=click.Path())
-def export(source: str) -> None:
-    """Part: export."""
+@click.option("--to", "form", type=click.Choice(["onnx", "torch-export", "transformers"]), required=True)
+@click.option("-o", "--output", type=click.Path(), required=True, help="A .onnx or .pt2 file, or a new folder.")
+@click.option("--preprocess", is_flag=True, help="Take images as uint8, decoded and resized; normalise them inside.")
+@click.option("--probabilities", is_flag=True, help="Give calibrated probabilities in place of logits.")
+@click.option("--opset", type=click.IntRange(1), metavar="N", help="ONNX's version; torch's choice without it.")
+@_BASE
+@_TRUST
+def export(
+    source: str, form: str, output: str, preprocess: bool, probabilities: bool, opset: int | None, base: str | None,
+    trust_code: str | None,
+) -> None:  # fmt: skip
+    """Write SOURCE (a package, a run's folder, hf:USER/NAME) in a form of others, once it answers as the model does."""
+    from .share.export import check_place, export_onnx, export_program, export_transformers
+    from .watch.console import Console, format_number
+
+    options: dict[str, Any] = {"preprocess": preprocess, "probabilities": probabilities}
+    odd = [name for name, value in {**options, "opset": opset}.items() if value]
+    if odd and (form == "transformers" or (form == "torch-export" and opset)):
+        raise SettingsError("this form has no such option", where=f"--to {form}", got=", ".join(odd))
+    path = Path(output)
+    check_place(path, form)
+    with _packaged(source, base, trust_code) as held:
+        options |= {"identity": held.identity}
+        if form == "transformers":
+            made = export_transformers(held, path)
+        elif form == "onnx":
+            made = export_onnx(held.asked, held.selftest[0], path, opset=opset, **options)
+        else:
+            made = export_program(held.asked, held.selftest[0], path, **options)
+    size = made.size_bytes
+    rows = [
+        ("form", form + (f", opset {made.opset}" if made.opset else "")),
+        *(("input", f"{name}: {text}") for name, text in made.inputs.items()),
+        *(("output", f"{name}: {text}") for name, text in made.outputs.items()),
+        ("difference", f"{format_number(made.largest_difference)} at most from the model's own outputs"),
+        ("size", f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} bytes"),
+        ("path", str(made.path)),
+    ]
+    Console().table(["exported", ""], rows)
+
+
+@contextlib.contextmanager
+def _packaged(source: str, base: str | None, trust_code: str | None) -> Iterator[Package]:
+    """The package that SOURCE is, or that the run would give."""
+    from . import handing
+    from .archive import Archive
+    from .share.package import ARCHITECTURE, load_package
+
+    if not handing.is_run(source):
+        yield load_package(source, base=base, trust_code=trust_code, device="cpu")
+        return
+    with tempfile.TemporaryDirectory(prefix="torchkeep-", ignore_cleanup_errors=True) as place:
+        path = handing.package(source, Path(place, "run.tkp"), trust_code=trust_code)
+        own_code = Archive.open(path).json(ARCHITECTURE).get("sha256")  # which opening the run has trusted
+        yield load_package(path, trust_code=own_code, device="cpu")
 
 
 @click.command()
 @click.argument("source", type=click.Path())
-def unpack(source: str) -> None:
-    """Part: export."""
+@click.argument("folder", type=click.Path(file_okay=False), required=False)
+@click.option("--state-dict", type=click.Path(dir_okay=False), metavar="OUT.pt", help="Write a plain state dict.")
+@click.option("--safetensors", type=click.Path(dir_okay=False), metavar="OUT.safetensors", help="Write the tensors.")
+@_BASE
+@_TRUST
+def unpack(
+    source: str, folder: str | None, state_dict: str | None, safetensors: str | None, base: str | None,
+    trust_code: str | None,
+) -> None:  # fmt: skip
+    """Write SOURCE (a package, hf:USER/NAME) as a FOLDER with the same identity, or its tensors alone."""
+    from .share import export as forms
+    from .share.package import load_package
+
+    wanted = {"state-dict": state_dict, "safetensors": safetensors}
+    files = {form: Path(path) for form, path in wanted.items() if path}
+    if not (folder or files):
+        raise SettingsError("there is nothing to write", where="unpack", expected="FOLDER, or a file that is named")
+    for form, path in files.items():
+        forms.check_place(path, form)
+    if folder:
+        click.echo(forms.unpack(source, Path(folder)))
+    if files:
+        model = load_package(source, base=base, trust_code=trust_code, device="cpu").model
+        for form, path in files.items():
+            write = forms.write_state_dict if form == "state-dict" else forms.write_safetensors
+            click.echo(write(model, path))
 
 
 @click.command()

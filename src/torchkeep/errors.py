@@ -32,7 +32,7 @@ class TorchkeepError(Exception):
 
     def said(self) -> str:
         """The whole text as the command line prints it, beginning with the error's name."""
-        return f"{type(self).__name__}: {self}"
+        return printable(f"{type(self).__name__}: {self}")
 
 
 class SettingsError(TorchkeepError):
@@ -108,6 +108,11 @@ class Interrupted(KeyboardInterrupt):
         self.what = what
         self.fix = fix
         super().__init__(what if not fix else f"{what}\n  fix:      {fix}")
+
+
+def printable(text: str) -> str:
+    """Without what rules a terminal or turns its lines around: a package's names are a stranger's words."""
+    return "".join(sign if sign in "\n\t" or sign.isprintable() else "\ufffd" for sign in text)
 
 
 def nearest(word: str, choices: list[str]) -> str:

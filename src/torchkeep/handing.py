@@ -32,6 +32,7 @@ from .share.package import (
     PREPROCESS,
     PROVENANCE,
     SUFFIX,
+    contract_in,
     load_package,
 )
 from .share.predict import Prediction, Predictor
@@ -116,6 +117,7 @@ def described(source: str | Path) -> Json:
     Raises:  PackageError where there is none, or it is damaged
     """
     archive = Archive.open(fetched(str(source)) if str(source).startswith(HUB) else Path(source))
+    contract_in(archive)
     kept = (ARCHITECTURE, PREPROCESS, LABELS, METRICS, PROVENANCE, BASE)
     said = {name.removesuffix(".json"): archive.json(name) for name in kept if name in archive.names}
     card = bytes(archive.read(CARD)).decode("utf-8", "replace") if CARD in archive.names else ""

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
+import resource
 import shutil
+import struct
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +24,14 @@ from hypothesis import strategies as st
 
 from torchkeep import archive
 from torchkeep.archive import HEAD, Archive, write_archive
-from torchkeep.errors import PackageError
+from torchkeep.contracts import Json
+from torchkeep.errors import PackageError, UntrustedCodeError
+from torchkeep.share.package import load_package
 from torchkeep.tensors import to_safetensors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "share"))
+
+from packaged import members_of, write_good
 
 TENSORS = {"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.ones(3, dtype=torch.bfloat16)}
 MEMBERS = {
@@ -146,6 +158,115 @@ def sealed(members: dict[str, bytes], damages: list[Damage]) -> bytes:
     with contextlib.suppress(ValueError, TypeError):  # no JSON, or no dict
         text = archive._head_text(orjson.loads(text))
     return b"".join(archive._zipped(text, sums, parts))
+
+
+# --- whole packages, loaded
+
+HOSTILE: list[Json] = [
+    "os.system", "builtins:eval", "../x.py:build", "/etc/passwd", "", "\x1b[2J", "hf", "code", "graph", "built-in",
+    "vit", "transformer", "float16", "hub", "object", "tensor", "input", "batch", "aten.zeros.default", "int.mul",
+    "aten.relu.default", "aten.matmul.default", "aten.repeat.default", None, True, False, 0, 1, -1, 2, 3, 7, 1 << 16,
+    10**9, 1 << 62, 10**30, 0.5, -1e-9, 1e300, [], {}, [0], [10**9], [1 << 40, 1 << 40], [[]], {"$node": 0},
+    {"$node": 1 << 40}, {"$input": 0}, {"$tensor": "head.bias"}, {"$float": "nan"}, {"$dtype": "float64"},
+    {"x": {"y": [{}]}},
+]  # fmt: skip
+EDITS = st.tuples(
+    st.sampled_from(["put", "put", "put", "drop", "swap", "copy", "rename", "number", "number"]),
+    st.integers(0, 1 << 16), st.integers(0, 1 << 16),
+)  # fmt: skip
+KINDS = ["image", "graph", "text"]
+
+Edit = tuple[str, int, int]
+
+
+def places_in(data: Json) -> Iterator[tuple[Any, Any]]:
+    """Each place of a tree of JSON: the dict or list, and the key."""
+    rows = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in list(rows):
+        yield data, key
+        yield from places_in(value)
+
+
+def edited(data: Json, edits: list[Edit]) -> Json:
+    for kind, first, second in edits:
+        places = list(places_in(data))
+        if not places:
+            return HOSTILE[second % len(HOSTILE)]
+        (place, key), (other, at) = places[first % len(places)], places[second % len(places)]
+        if kind == "drop":
+            del place[key]
+        elif kind == "swap":
+            place[key], other[at] = other[at], place[key]
+        elif kind == "copy":
+            place[key] = copy.deepcopy(other[at])
+        elif kind == "rename" and isinstance(place, dict):
+            place[str(HOSTILE[second % len(HOSTILE)])] = place.pop(key)
+        elif kind == "number" and type(place[key]) in (int, float):
+            place[key] = [place[key] + 1, place[key] - 1, -place[key], place[key] * 1000, place[key] / 2][second % 5]
+        else:
+            place[key] = copy.deepcopy(HOSTILE[second % len(HOSTILE)])
+    return data
+
+
+def evil_member(name: str, content: bytes, edits: list[Edit]) -> bytes:
+    """A member of JSON, or the header of a member of tensors, edited."""
+    (size,) = struct.unpack_from("<Q", content) if name.endswith(".safetensors") else (0,)
+    data = json.loads(content[8 : 8 + size] if size else content)
+    with contextlib.suppress(RecursionError, ValueError):  # what was swapped into itself
+        text = json.dumps(edited(data, edits)).encode()
+        return struct.pack("<Q", len(text)) + text + content[8 + size :] if size else text
+    return content
+
+
+def loaded(path: Path) -> str:
+    """What became of loading; a model that loads can be asked, and any error but one fails the test."""
+    try:
+        found = load_package(path, device="cpu")
+    except (PackageError, UntrustedCodeError) as error:
+        return "untrusted" if isinstance(error, UntrustedCodeError) else "refused"
+    batch, expected = found.selftest
+    assert found.asked(batch).shape == expected.shape
+    return "loaded"
+
+
+def test_whole_packages_damaged_in_their_bytes_and_within(tmp_path: Path, note: Note) -> None:
+    goods = {kind: write_good(kind, tmp_path, tmp_path / f"{kind}.tkp") for kind in KINDS}
+    members = {kind: {name: bytes(data) for name, data in members_of(path).items()} for kind, path in goods.items()}
+    wholes, outcomes, slowest = {kind: path.read_bytes() for kind, path in goods.items()}, Counter[str](), 0.0
+    before, written = sorted(tmp_path.rglob("*")), tmp_path / "evil.tkp"
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def tried(how: str) -> str:
+        nonlocal slowest
+        began = time.perf_counter()
+        outcome = loaded(written)
+        slowest = max(slowest, time.perf_counter() - began)
+        outcomes[f"{how}_{outcome}"] += 1
+        return outcome
+
+    @settings(max_examples=EXAMPLES // 2, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(KINDS), st.lists(DAMAGE, min_size=1, max_size=4))
+    def check_bytes(kind: str, damages: list[Damage]) -> None:
+        data = damaged(wholes[kind], damages)
+        written.write_bytes(data)
+        assert (tried("bytes") == "loaded") == (data == wholes[kind])
+
+    @settings(max_examples=EXAMPLES // 2, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(KINDS), st.lists(EDITS, min_size=1, max_size=3), st.integers(0, 1 << 16))
+    def check_within(kind: str, edits: list[Edit], number: int) -> None:
+        names = [name for name in members[kind] if name != "README.md"]
+        name = ["architecture.json", *names][number % (len(names) + 1)]
+        held = members[kind] | {name: evil_member(name, members[kind][name], edits)}
+        written.write_bytes(sealed(held, []))
+        tried("within")
+
+    check_bytes()
+    check_within()
+    assert outcomes["within_refused"] > outcomes["within_loaded"] > 0
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, written])
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) >> 10
+    assert grown < 2048
+    note(packages=outcomes.total(), **outcomes, other_errors=0, slowest_s=round(slowest, 2), grown_mb=grown)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks its children")

@@ -7,6 +7,7 @@ allowed operations. What can be neither carries its source, which runs only by t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,7 +77,7 @@ class _Code(_Registered):
     """A function in a file of the package that builds the model; ``name`` is file.py:function."""
 
     kind: Literal["code"]  # type: ignore[assignment]
-    sha256: str
+    sha256: str = Setting(pattern="^[0-9a-f]{64}$")
 
 
 _FORMS: dict[str, type[_Registered] | type[_Graph] | type[_Code]] = {
@@ -249,9 +250,12 @@ def _trusted(said: _Code, member: Member, trust_code: str | None, place: Path) -
         raise _refused(f"code in {file[:80]!r}", "a file of the package")
     path = place / file
     try:
-        path.write_bytes(member(CODE + file))
+        code = member(CODE + file)
     except KeyError:
         raise _refused("no such member", "the file that the model is built by", where=f"{CODE}{file[:80]}") from None
+    if hashlib.sha256(code).hexdigest() != said.sha256:
+        raise _refused("other code", f"the file of sha256 {said.sha256[:64]}", where=f"{CODE}{file[:80]}")
+    path.write_bytes(code)
     return CodeReference(path, function, said.sha256)  # the bytes are compared with the hash when they are run
 
 

@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..model.freeze import evaluating
 from ..settings import check
 from ..training.binding import Binding, Inputs, batch_text
-from ..training.device import Mover, autocast, default_device, existing_device
+from ..training.device import Mover, autocast, default_device, existing_device, keep_freed_memory
 from ..training.objective import prediction_of
 from ..training.prepare import Prepared
 
@@ -79,6 +79,8 @@ class Asked:
         self.contract = contract
         named = existing_device(str(device), f"device = {str(device)!r}") if device is not None else None
         self.device = named or default_device()[0]
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(self.device)
         self.mover = Mover(self.device, contract.schema)
         self._call = call

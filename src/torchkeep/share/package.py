@@ -157,7 +157,11 @@ def load_package(
     contract = contract_in(archive, device)
     tensors = archive.tensors(PARAMETERS)
     if BASE in archive.names:
-        tensors = tensors | _left_out(archive, base)
+        left_out = _left_out(archive, base)
+        if twice := sorted(tensors.keys() & left_out.keys()):
+            raise PackageError("a tensor is here and in the base", where=PARAMETERS, got=twice[0][:200],
+                               expected="each in one of them")  # fmt: skip
+        tensors = tensors | left_out
     if name := _not_finite(tensors):
         raise PackageError("a parameter holds NaN or infinity", where=name[:200], expected="finite numbers")
     model = built(archive.json(ARCHITECTURE), tensors, contract.schema, _members_of(archive), trust_code)
@@ -184,6 +188,8 @@ def contract_in(archive: Archive, device: str | torch.device | None = None) -> C
     if more:
         raise PackageError("a package of this form has no such member", where=f"{more[0]} in {archive.path}",
                            expected=", ".join(sorted(_NAMES)))  # fmt: skip
+    if CARD in archive.names:
+        archive.read(CARD)  # is it damaged?
     _check_origin(*(archive.json(name) if name in archive.names else {} for name in (METRICS, PROVENANCE)))
     if BASE in archive.names:
         _checked(_Base, archive.json(BASE), BASE)
@@ -272,6 +278,8 @@ def _selftest_in(tensors: TensorTree) -> tuple[Batch, Tensor]:
             place = batch
             for part in path:
                 place = place.setdefault(part, {})
+                if not isinstance(place, dict):
+                    raise ValueError(name)
             place[last] = tensors[name]
         numbers = sum(tensor.numel() for tensor in tensors.values())
         if not batch or numbers > _MOST_ASKED:
@@ -455,6 +463,7 @@ def _not_finite(tensors: TensorTree) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    tensor = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits there are no sums
     # a sum shows NaN and infinity in one reading; that of very large numbers may be one though they are not
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 

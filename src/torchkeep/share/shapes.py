@@ -162,6 +162,11 @@ def _product(one: Tensor, other: Tensor) -> Tensor:
     return empty((*batch, *one.shape[-2:-1], *other.shape[1:][-1:]), one.dtype)
 
 
+def _crossed(one: Tensor, other: Tensor) -> Tensor:
+    _need(one.ndim == other.ndim == 1)
+    return empty((one.shape[0], other.shape[0]), _type_of(one, other))
+
+
 def _added_product(first: Tensor, one: Tensor, other: Tensor, **_: Any) -> Tensor:
     product = _product(one, other)
     _need(first.dtype == one.dtype, [*_spread(first.shape, product.shape)] == [*product.shape])
@@ -314,21 +319,26 @@ def _recurred(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     held, ways = states if isinstance(states, list) else [states], 1 + is_both_ways
     batch, width = first.shape[0 if is_batch_first else 1], held[0].shape[-1]
-    _need(all(state.shape == (layers * ways, batch, width) for state in held), first.ndim == 3)
-    _need(len(weights) == layers * ways * (2 + 2 * has_biases))
-    _need(all(weight.shape[0] == gates * width and weight.dtype == first.dtype for weight in weights))
+    fitting = []
+    for taken in [first.shape[2], *[ways * width] * (layers - 1)]:
+        fitting += [(gates * width, taken), (gates * width, width), *[(gates * width,)] * (2 * has_biases)] * ways
+    # torch 2.13 checks none of these sizes itself, and reads outside of what is too short
+    _need(first.ndim == 3, [tuple(weight.shape) for weight in weights] == fitting)
+    _need(all(state.shape == (layers * ways, batch, width) for state in held))
+    _need(len({tensor.dtype for tensor in (first, *held, *weights)}) == 1)
     output = empty((*first.shape[:2], ways * width), first.dtype)
     return output, *(empty(state.shape, state.dtype) for state in held)
 
 
 _BY_NAME: dict[Callable[..., Any], str] = {
     _by_number: """
-add.Scalar add.Tensor addcdiv.default addcmul.default bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor
-__and__.Tensor __or__.Tensor __xor__.Tensor clamp.Tensor clamp.default clamp_max.default clamp_min.default
-floor_divide.Scalar floor_divide.default maximum.default minimum.default max.other min.other mul.Scalar mul.Tensor
+add.Scalar add.Tensor addcdiv.default addcmul.default bitwise_and.Scalar bitwise_and.Tensor bitwise_or.Scalar
+bitwise_or.Tensor bitwise_xor.Tensor __and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Tensor
+clamp.Tensor clamp.default clamp_max.default clamp_min.default floor_divide.Scalar floor_divide.default fmod.Scalar
+fmod.Tensor lerp.Scalar lerp.Tensor maximum.default minimum.default max.other min.other mul.Scalar mul.Tensor
 pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor remainder.Scalar remainder.Tensor rsub.Scalar rsub.Tensor sub.Scalar
 sub.Tensor""",
-    _divided: "div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode",
+    _divided: "atan2.default div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode",
     _told: """
 eq.Scalar eq.Tensor ge.Scalar ge.Tensor gt.Scalar gt.Tensor le.Scalar le.Tensor lt.Scalar lt.Tensor ne.Scalar ne.Tensor
 isfinite.default isinf.default isnan.default logical_and.default logical_not.default logical_or.default
@@ -336,9 +346,9 @@ logical_xor.default""",
     _chosen: "where.Scalar where.ScalarOther where.ScalarSelf where.self",
     _masked: "masked_fill.Scalar masked_fill.Tensor",
     _same: """
-abs.default bitwise_not.default flip.default full_like.default index_add.default index_put.default neg.default
-ones_like.default relu.default roll.default scatter.src scatter.value scatter_add.default select_scatter.default
-sign.default slice_scatter.default tril.default triu.default zeros_like.default""",
+abs.default bitwise_not.default fill.Scalar fill.Tensor flip.default full_like.default index_add.default
+index_put.default neg.default ones_like.default relu.default roll.default scatter.src scatter.value scatter_add.default
+select_scatter.default sign.default slice_scatter.default tril.default triu.default zeros_like.default""",
     _float: """
 acos.default asin.default atan.default batch_norm.default ceil.default celu.default cos.default cosh.default elu.default
 erf.default erfc.default exp.default exp2.default expm1.default floor.default gelu.default group_norm.default
@@ -359,6 +369,7 @@ var.correction""",
     functools.partial(_found, dtype=torch.int64): "argmax.default argmin.default",
     _best: "max.dim min.dim",
     _product: "bmm.default dot.default matmul.default mm.default mv.default",
+    _crossed: "outer.default",
     _added_product: "addmm.default baddbmm.default",
     _linear: "linear.default",
     _convolved: "conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +16,8 @@ from ..data.reading import tensors_in, valid_rows
 from ..errors import SettingsError
 from .decisions import Decisions
 from .recipe import TrainSettings
+
+_MMAP_FROM, _TRIM_FROM, _KEPT_BYTES = -3, -1, 1 << 30  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +41,12 @@ def default_device() -> tuple[torch.device, str]:
     if torch.backends.mps.is_available():
         return torch.device("mps"), "Apple's GPU"
     return torch.device("cpu"), "no accelerator was found"
+
+
+def choose_memory(settings: TrainSettings, device: torch.device, decisions: Decisions) -> None:
+    """Keep freed memory on a CPU, where that is set and possible."""
+    if settings.keep_memory and device.type == "cpu" and keep_freed_memory():
+        decisions.note("memory", "freed is kept", "the next step needs it again", "train.keep_memory")
 
 
 def existing_device(name: str, where: str) -> torch.device:
@@ -73,6 +84,33 @@ def choose_threads(settings: TrainSettings, decisions: Decisions) -> int:
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return threads
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory for the next batch; False where it is not glibc. No bit changes by it.
+
+    Left to itself it gives each large tensor back and asks for it anew, at a page fault for each 4 KB: a quarter of a
+    step of MobileNetV2 on a CPU, and half of a forward alone.
+    Source:  https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    library = _glibc()
+    return library is not None and all(library.mallopt(kind, _KEPT_BYTES) for kind in (_MMAP_FROM, _TRIM_FROM))
+
+
+def give_back_memory() -> None:
+    """Give the system what was kept and is not used."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@cache
+def _glibc() -> Any:
+    try:
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        return library if library is not None and library.gnu_get_libc_version else None
+    except (OSError, AttributeError):
+        return None
 
 
 def autocast(precision: str, device: torch.device) -> Any:

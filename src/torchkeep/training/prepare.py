@@ -31,9 +31,10 @@ from ..model.freeze import FreezePlan, evaluating, learning
 from ..watch.console import Console
 from ..watch.monitor import check_views
 from ..watch.recorder import Recorder
+from . import device
 from .binding import Binding, Inputs, Keys, batch_text
 from .decisions import Decisions
-from .device import Mover, autocast, choose_device, choose_precision, choose_threads, make_scaler
+from .device import Mover, autocast, choose_device, choose_memory, choose_precision, choose_threads, make_scaler
 from .evaluate import Evaluation
 from .loop import Training
 from .metrics import Accuracy, Adapted, ClassCounts, Metric, TopK, make_metrics
@@ -107,6 +108,7 @@ class Prepared:
         self.clock = Clock()
         choose_threads(train, decisions)
         self.device = choose_device(train, decisions)
+        choose_memory(train, self.device, decisions)
         self.precision = choose_precision(train, self.device, decisions)
         self._was_deterministic = torch.are_deterministic_algorithms_enabled()
         if train.deterministic:
@@ -549,6 +551,7 @@ class Prepared:
         self.loader.close()
         if self.valid is not None:
             self.valid.close()
+        device.give_back_memory()
 
 
 def _stateful_objects(work: Work) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class TrainSettings(Settings):
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     threads: int | None = Setting(default=None, gt=0)
     """torch's threads on the CPU; none: as torch has it. Another number gives other bits."""
+    keep_memory: bool = True
+    """On a CPU: what a step frees is kept for the next until the run ends, in place of asking the system anew."""
     deterministic: bool = False
     """Only deterministic kernels; on a GPU an exact resume needs it."""
     clip_norm: float | None = Setting(default=None, gt=0)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from ..contracts import Decision, Json
+from ..errors import printable
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -226,7 +227,7 @@ class Console:
 
     def _printable(self, text: str) -> str:
         """What the terminal's code page can show: a class named in Greek must not stop a run on Windows."""
-        encoding = self._rich.encoding
+        encoding, text = self._rich.encoding, printable(text)
         try:
             return text.encode(encoding, "replace").decode(encoding)
         except LookupError:

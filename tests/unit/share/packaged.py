@@ -136,8 +136,9 @@ def write_good(form: str, root: Path, path: Path) -> Path:
         (root / "net.py").write_text(CODE.format(canary=str(root / "canary")))
         space: dict[str, Any] = {}
         exec((root / "net.py").read_text(), space)
+        made = save_package(space["build"](), path, torch.randn(2, 4), code=f"{root / 'net.py'}:build")
         (root / "canary").unlink()
-        return save_package(space["build"](), path, torch.randn(2, 4), code=str(root / "net.py") + ":build")
+        return made
     makers: dict[str, Form] = {"image": image_contents, "text": text_contents, "hub": hub_contents}
     return write_package(makers[form](root), path).path
 

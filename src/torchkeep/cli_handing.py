@@ -192,8 +192,7 @@ def unpack(
     if files:
         model = load_package(source, base=base, trust_code=trust_code, device="cpu").model
         for form, path in files.items():
-            write = forms.write_state_dict if form == "state-dict" else forms.write_safetensors
-            click.echo(write(model, path))
+            click.echo(forms.write_tensors(model, path, form))
 
 
 @click.command()

@@ -177,7 +177,8 @@ def _placing() -> Iterator[None]:
     try:
         yield
     except (DataError, ModelError) as error:
-        error.fix = "--data KEY=PATH, as data.train=PATH, says where it lies now" if "--set" in error.fix else error.fix
+        if isinstance(error, DataError) or "--set" in error.fix:
+            error.fix = "--data KEY=PATH, as data.train=PATH, says where it lies now"
         raise
 
 

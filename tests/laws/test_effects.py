@@ -95,7 +95,9 @@ def pickle(module: Module) -> Iterator[ast.AST]:
         is_safe_load = module.path == "model/weights.py" and keyword(node, "weights_only") is True
         is_load = name == "torch.load" and not is_safe_load
         is_array = keyword(node, "allow_pickle") not in {None, False}
-        if name == "torch.save" or is_load or is_array or last in {"read_pickle", "to_pickle"}:
+        # who asked for a plain state dict gets one: tensors alone, for programs that read nothing else
+        is_save = name == "torch.save" and module.path != "share/export.py"
+        if is_save or is_load or is_array or last in {"read_pickle", "to_pickle"}:
             yield node
 
 

@@ -40,13 +40,13 @@ def export_graph(
     Raises:  ModelError where its code depends on values, draws by chance, keeps a state, or asks for another operation
     Source:  https://docs.pytorch.org/docs/stable/export.html
     """
-    with _quiet(), kept_generators(), evaluating(model), torch.no_grad():
+    with quiet(), kept_generators(), evaluating(model), torch.no_grad():
         traced, example = _traced(model, args, dict(kwargs or {}))
         return _written(traced, example, dynamic_batch)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without warnings and prints of torch.export, and without attention's fast path, which is one closed operation."""
     was_fast, was_disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
@@ -119,7 +119,7 @@ _LENGTH = re.compile(r"length = Dim\('length'(?:, min=(\d+))?(?:, max=(\d+))?\)"
 
 def _written(traced: _Traced, example: list[Tensor], dynamic_batch: bool) -> tuple[Json, TensorTree]:
     """The graph with as many sizes free as the model's code allows; else the last attempt's reason."""
-    batch, length = _free_axes(example)
+    batch, length = free_axes(example)
     tries = [(length, False)] * (length != batch) + [(batch, False), (batch, True)] if dynamic_batch else []
     reason: Exception | None = None
     none: _Axes = [{} for _ in example]
@@ -129,19 +129,19 @@ def _written(traced: _Traced, example: list[Tensor], dynamic_batch: bool) -> tup
         except Exception as error:  # torch.export raises what it likes
             reason = error
     raise ModelError(
-        "this model cannot be written as a graph", where=type(traced.model).__name__, got=_plainly(reason),
+        "this model cannot be written as a graph", where=type(traced.model).__name__, got=plainly(reason),
         expected="operations on tensors whose order depends on no value, without chance and without memory", fix=_HOW,
     ) from reason  # fmt: skip
 
 
-def _plainly(reason: Exception | None) -> str:
+def plainly(reason: Exception | None) -> str:
     """One line of what torch.export says in fifty."""
     if isinstance(reason, ModelError):
         return f"{reason.what}: {reason.got or reason.where}"
     return next(iter(str(reason).strip().splitlines()), type(reason).__name__)[:MAX_TEXT]
 
 
-def _free_axes(example: list[Tensor]) -> tuple[_Axes, _Axes]:
+def free_axes(example: list[Tensor]) -> tuple[_Axes, _Axes]:
     """The axes of the batch, and those with the tokens' too; one of another size than the first's is something else."""
     size = next((leaf.shape[0] for leaf in example if leaf.ndim), 0)
     batch = [{0: "batch"} if leaf.ndim and leaf.shape[0] == size else {} for leaf in example]

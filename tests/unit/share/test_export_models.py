@@ -33,8 +33,7 @@ from torchkeep.share.export import (
     export_program,
     export_transformers,
     unpack,
-    write_safetensors,
-    write_state_dict,
+    write_tensors,
 )
 from torchkeep.share.package import Contents, Package, load_package, save_package, write_package
 from torchkeep.usercode import load_function, read_reference
@@ -183,7 +182,7 @@ def asked_of(model: nn.Module, root: Path) -> tuple[Asked, Batch]:
 
 @needs_onnx
 def test_what_answers_otherwise_is_not_written(tmp_path: Path) -> None:
-    for model, said in ((Chancy(), "answers otherwise"), (Flowing(), "cannot be written")):
+    for model, said in ((Chancy(), "answers otherwise"), (Flowing(), "cannot be had in this form")):
         asked, batch = asked_of(model, tmp_path)
         before = sorted(tmp_path.iterdir())
         for export, ending in ((export_onnx, "onnx"), (export_program, "pt2")):
@@ -248,8 +247,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # no file beyond: as a disk that is full
     try:
         for write in (lambda: export_program(held.asked, held.selftest[0], tmp_path / "a.pt2"),
-                      lambda: write_state_dict(held.model, tmp_path / "a.pt"),
-                      lambda: write_safetensors(held.model, tmp_path / "a.safetensors"),
+                      lambda: write_tensors(held.model, tmp_path / "a.pt", "state-dict"),
+                      lambda: write_tensors(held.model, tmp_path / "a.safetensors", "safetensors"),
                       lambda: unpack(tmp_path / "a.tkp", tmp_path / "folder")):  # fmt: skip
             with pytest.raises(StorageError):
                 write()
@@ -275,6 +274,27 @@ def test_transformers_loads_its_own_model_from_the_folder(tmp_path: Path) -> Non
         export_transformers(held, made.path)
 
 
+def hub_images(root: Path) -> Contents:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )  # fmt: skip
+    config.save_pretrained(root / "vit")
+    (root / "vit" / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "size": {"height": 8}}')
+    return contents_of(root, image_files(root), f"hf:{root / 'vit'}")
+
+
+def test_how_images_are_prepared_goes_with_a_model_of_transformers(tmp_path: Path) -> None:
+    held = load_package(write_package(hub_images(tmp_path), tmp_path / "a.tkp").path, device="cpu")
+    made = export_transformers(held, tmp_path / "folder")
+    assert made.largest_difference < 1e-5
+    stated = (tmp_path / "vit" / "preprocessor_config.json").read_bytes()
+    assert (made.path / "preprocessor_config.json").read_bytes() == stated
+    assert export_program(held.asked, held.selftest[0], tmp_path / "a.pt2").inputs == {
+        "image": "float32 (batch, 3, 8, 8)"
+    }
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -290,8 +310,8 @@ class Tied(nn.Module):
 def test_plain_tensors_are_read_by_torch_and_safetensors(tmp_path: Path) -> None:
     model = Tied().eval()
     expected = model.state_dict()
-    write_state_dict(model, tmp_path / "a.pt")
-    write_safetensors(model, tmp_path / "a.safetensors")
+    write_tensors(model, tmp_path / "a.pt", "state-dict")
+    write_tensors(model, tmp_path / "a.safetensors", "safetensors")
     read = torch.load(tmp_path / "a.pt", weights_only=True)
     for found in (read, safetensors.torch.load_file(tmp_path / "a.safetensors")):
         assert found.keys() == expected.keys()

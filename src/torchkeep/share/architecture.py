@@ -185,7 +185,7 @@ def built(
     tensors = _with_ties(tensors, said.tied)
     if isinstance(said, _Graph):
         try:
-            model: nn.Module = GraphModel(said.graph, tensors)
+            model: nn.Module = GraphModel(_with_tied_parameters(said), tensors)
         except ModelError as error:
             raise _refused(error.got, error.expected, error.what) from None
         except TypeError as error:  # a tensor of a name that the model itself keeps
@@ -203,6 +203,14 @@ def built(
     _put(model, tensors)
     _tie(model, said.tied)
     return model.eval()
+
+
+def _with_tied_parameters(said: _Graph) -> Json:
+    """The graph, which has a tied parameter under one name, with all of its names."""
+    learned = said.graph.get("parameters")
+    if not isinstance(learned, list):
+        return said.graph
+    return said.graph | {"parameters": [*learned, *(name for name, first in said.tied.items() if first in learned)]}
 
 
 def _with_ties(tensors: TensorTree, tied: Mapping[str, str]) -> TensorTree:

@@ -1,4 +1,5 @@
 """PLACEHOLDER by the lead: the sharing helper writes this file anew."""
+
 from pathlib import Path
 
 

@@ -292,3 +292,24 @@ def test_what_is_said_of_it_is_kept(tmp_path: Path) -> None:
     (batch,) = found.contract.reader.batches(torch.randn(3, 4), 4)
     assert batch.batch is not None
     assert found.asked(batch.batch).shape == (3, 2)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.out(self.words(ids).mean(1))
+        return found
+
+
+def test_a_tied_parameter_of_a_graph_is_one_and_has_each_of_its_names(tmp_path: Path) -> None:
+    model = Tied()
+    path = save_package(model, tmp_path / "tied.tkp", torch.randint(0, 9, (2, 5)))
+    held = load_package(path).model
+    assert set(held.state_dict()) == set(model.state_dict())
+    assert len(list(held.parameters())) == 1
+    model.load_state_dict(held.state_dict())
+    assert held.get_parameter("out.weight") is held.get_parameter("words.weight")

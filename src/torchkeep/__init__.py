@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import evaluate, fit, inspect, open_run, resume, train
+    from .api import fit, inspect, open_run, resume, train
     from .data.arrays import Arrays
     from .data.audio import AudioFolder, AudioTable
     from .data.dataset import Part
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .data.tables import Table
     from .data.text import TextBlocks, TextFolder, TextTable
     from .errors import Interrupted, PreemptedError, TorchkeepError
-    from .handing import package, predict, reproduce
+    from .handing import evaluate, evaluation, package, predict, reproduce
     from .history import compare, read_run, runs, sync
     from .keep.checkpoint import Checkpoints
     from .keep.generators import generator_states, set_generator_states
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    "BestPoint": "running", "Run": "running", "evaluate": "api", "fit": "api", "inspect": "api", "open_run": "api",
+    "BestPoint": "running", "Run": "running", "evaluate": "handing", "evaluation": "handing",
+    "fit": "api", "inspect": "api", "open_run": "api",
     "predict": "handing", "reproduce": "handing", "resume": "api", "train": "api",
     "Package": "share.package", "Predictor": "share.predict", "load_package": "share.package", "package": "handing",
     "save_package": "share.package",
@@ -67,9 +68,9 @@ __all__ = [
     "Arrays", "AudioFolder", "AudioTable", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "FreezePlan",
     "HubDataset", "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Monitor", "Package",
     "Part", "Predictor", "PreemptedError", "Run", "Stream", "SummaryWriter", "Table", "TextBlocks", "TextFolder",
-    "TextTable", "TorchkeepError", "compare", "evaluate", "fine_tune", "fit", "generator_states", "inspect",
-    "load_package", "load_weights", "open_run", "package", "predict", "read_run", "reproduce", "resume", "runs",
-    "save_package", "set_generator_states", "split", "survey", "sync", "train",
+    "TextTable", "TorchkeepError", "compare", "evaluate", "evaluation", "fine_tune", "fit", "generator_states",
+    "inspect", "load_package", "load_weights", "open_run", "package", "predict", "read_run", "reproduce", "resume",
+    "runs", "save_package", "set_generator_states", "split", "survey", "sync", "train",
 ]  # fmt: skip
 
 

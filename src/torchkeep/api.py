@@ -1,4 +1,4 @@
-"""The verbs: train, fit, resume, evaluate, inspect. The command line calls these and nothing else."""
+"""The verbs: train, fit, resume, inspect. The command line calls these and nothing else."""
 
 from __future__ import annotations
 
@@ -222,11 +222,6 @@ def open_run(run_dir: str | Path, *, trust_code: str | None = None) -> Run:
     work, recipe, _ = work_of(recipe, base, trusting(facts, trust_code), is_new=False)
     check_data(work, facts)  # classes and a table's statistics are read from the training data again
     return Run(folder, Prepared(work, Decisions(facts["decisions"])), recipe, base)
-
-
-def evaluate(run_dir: str | Path, data: Any = None, *, trust_code: str | None = None) -> dict[str, float]:
-    """Loss and metrics of a run's best checkpoint on ``data``; without data on its test or validation split."""
-    return open_run(run_dir, trust_code=trust_code).evaluate(data)
 
 
 def inspect(

@@ -147,23 +147,6 @@ def _show_checkpoints(rows: Iterable[Any], as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run", type=click.Path())
-@click.argument("data", required=False)
-@_TRUST
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
-def evaluate(run: str, data: str | None, trust_code: str | None, as_json: bool) -> None:
-    """Measure RUN's best checkpoint on DATA; without DATA on its test split, else its validation split."""
-    from . import api
-    from .watch.console import Console, format_number
-
-    measured = api.evaluate(run, data, trust_code=trust_code)
-    if as_json:
-        click.echo(_json_line(measured))
-        return
-    Console().table(["metric", "value"], [(name, format_number(value)) for name, value in measured.items()])
-
-
-@cli.command()
 @click.argument("source", type=click.Path())
 @_SET
 @_TRUST
@@ -404,7 +387,7 @@ def schema() -> None:
 
 
 for _command in cli_handing.COMMANDS:
-    cli.add_command(_command) if _command.name not in cli.commands else None
+    cli.add_command(_command)
 
 
 def _json_line(value: Any) -> str:

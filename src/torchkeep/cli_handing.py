@@ -103,8 +103,51 @@ def _progress(total: int | None, is_shown: bool) -> Callable[[int], None]:
 
 @click.command()
 @click.argument("source", type=click.Path())
-def evaluate(source: str) -> None:
-    """Part: evaluate."""
+@click.argument("data", required=False)
+@click.option("--html", type=click.Path(dir_okay=False), help="Write one page: classes, calibration, the worst errors.")
+@click.option("--workers", type=click.IntRange(0), metavar="N", help="Who reads; one a core without it.")
+@_DEVICE
+@_BASE
+@_TRUST
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+def evaluate(
+    source: str, data: str | None, html: str | None, workers: int | None, device: str | None, base: str | None,
+    trust_code: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure SOURCE (a package, a run's folder, hf:USER/NAME) on labelled DATA, with intervals of 95 %.
+
+    Without DATA a run is measured on its test split, else its validation split.
+    """
+    from . import handing
+    from .files import write_durable
+    from .share.report import interval_text, report_page
+    from .watch.console import Console, format_number
+
+    found = handing.evaluation(source, data, workers=workers, base=base, trust_code=trust_code, device=device)
+    if html:
+        facts = {"model": source, "data": data or found.split, "samples": f"{found.measured.num_samples:,}"}
+        page = report_page(found.measured, f"{Path(source).name}, measured", facts, found.dataset)
+        write_durable(Path(html), page.encode())
+    if as_json:
+        intervals = {name: list(ends) for name, (_, *ends) in found.measured.metrics.items()}
+        click.echo(_json_line({**found.values, "intervals": intervals}))
+        return
+    ends = {f"{found.split}/{name}": row for name, row in found.measured.metrics.items()}
+    Console().table(
+        ["metric", "value", "95 % interval"],
+        [(name, format_number(value), interval_text(*ends[name][1:]) if name in ends else "")
+         for name, value in found.values.items()],
+    )  # fmt: skip
+    if found.measured.num_unanswered:
+        click.echo(f"{found.measured.num_unanswered} samples have an output of NaN or infinity, and are left out")
+    if html:
+        click.echo(f"the report is in {html}")
+
+
+def _json_line(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False)
 
 
 @click.command()
@@ -227,9 +270,18 @@ def reproduce(
 
 
 @click.command()
-@click.argument("source", type=click.Path())
-def push(source: str) -> None:
-    """Part: sharing."""
+@click.argument("package", type=click.Path())
+@click.argument("target", metavar="hf:USER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository for your eyes only.")
+@click.option("--message", metavar="M", default="", help="Of the commit; Add NAME.tkp without it.")
+def push(package: str, target: str, private: bool, message: str) -> None:
+    """Put PACKAGE and its model card on the Hugging Face hub, where hf:USER/NAME loads it; hf auth login comes first.
+
+    The package goes as it is, with the recipe, the code's commit and the changes since that its origin states.
+    """
+    from .share.hub import push as push_to
+
+    click.echo(push_to(package, target, private=private, message=message))
 
 
 @click.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from .settings import override
 from .share.contents import base_of
 from .share.contract import Asked
 from .share.hub import fetched
+from .share.measures import Measured, measured
 from .share.origin import origin_of, parameters_of, read_origin
 from .share.package import (
     ARCHITECTURE,
@@ -41,6 +43,7 @@ from .tensors import tensor_sha256
 from .training.provenance import environment
 from .training.recipe import Recipe, recipe_from_json
 from .training.resuming import check_data
+from .usercode import load_function
 from .watch.console import Console
 
 Which = Literal["best", "last"] | int
@@ -83,6 +86,45 @@ def predict(
     """
     asked = opened(source, which=which, base=base, trust_code=trust_code, device=device)
     return Predictor(asked, top=top).stream(inputs)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on a split or other labelled data; ``values`` by name, the loss and metrics of a run first."""
+
+    split: str
+    values: dict[str, float]
+    measured: Measured
+    dataset: Any
+
+
+def evaluation(
+    source: str | Path, data: Any = None, *, which: Which = "best", workers: int | None = None, base: Any = None,
+    trust_code: str | None = None, device: str | torch.device | None = None,
+) -> Evaluation:  # fmt: skip
+    """Measure a run or a package on labelled data: a path, or a dataset; a run also on its own test or valid split.
+
+    Raises:  as ``opened`` does; SettingsError without data; DataError for data that are not like those of training
+    """
+    if is_run(source):
+        run = open_run(source, trust_code=trust_code)
+        split, dataset = run._split(data)
+        values, asked = run.evaluate(data, which=which), run.asked(which, device=device)
+    else:
+        asked, split, values = opened(source, base=base, trust_code=trust_code, device=device), "test", {}
+        if data is None:
+            raise SettingsError("a package has no data of its own", where="evaluate", got="no data",
+                                expected="labelled data: torchkeep evaluate PACKAGE DATA")  # fmt: skip
+        dataset = asked.contract.reader.opened(data, load_function)  # the caller names it, so code in it may run
+    found = measured(asked, dataset, workers=workers)
+    named = {f"{split}/{name}": value for name, (value, _, _) in found.metrics.items()}
+    return Evaluation(split, {**named, **values} if not values else {**values, **{k: v for k, v in named.items()
+                      if k not in values}}, found, dataset)  # fmt: skip
+
+
+def evaluate(source: str | Path, data: Any = None, **options: Any) -> dict[str, float]:
+    """Loss and metrics of a run or a package by name; ``evaluation`` also gives intervals, classes and errors."""
+    return evaluation(source, data, **options).values
 
 
 def is_package(source: str | Path) -> bool:

@@ -120,7 +120,7 @@ class Run:
         place = Path(path) if path is not None else Path(self._folder.name + ("" if folder else ".tkp"))
         return write_package(made, place, folder=folder).path
 
-    def evaluate(self, data: Any = None, *, which: Literal["best", "last"] = "best") -> dict[str, float]:
+    def evaluate(self, data: Any = None, *, which: Literal["best", "last"] | int = "best") -> dict[str, float]:
         """Loss and metrics on any dataset, a path, or (without data) on the test split, else the validation split."""
         split, dataset = self._split(data)
         with self._using(which):
@@ -155,7 +155,7 @@ class Run:
         return "test", as_dataset(data)
 
     @contextlib.contextmanager
-    def _using(self, which: Literal["best", "last"]) -> Iterator[None]:
+    def _using(self, which: Literal["best", "last"] | int) -> Iterator[None]:
         """The prepared model with a checkpoint's parameters for a while."""
         with self._prepared.borrowed_model() as model:
             put(model, self._checkpoints(), self._checkpoint(which))

@@ -25,6 +25,7 @@ from ..tensors import parse_json, to_json
 from .arrays import Columns
 from .audio import MAX_SAMPLES, Clips
 from .decode import MAX_PIXELS
+from .foreign import as_dataset
 from .images import Images
 from .inputs import (
     FoundPaths,
@@ -41,7 +42,7 @@ from .inputs import (
 )
 from .kinds import Kind, kind_of
 from .labels import LabelledData
-from .sources import DataSettings
+from .sources import DataSettings, LoadFunction, open_source
 from .tables import PARTS, Table, TableEncoding
 from .text import TextBlocks, TextFiles, Texts
 from .tokens import Tokenizer, tokenizer_from_json
@@ -105,6 +106,23 @@ class Reader:
         """
         reads, is_slow = self._reads(inputs, batch_size)
         return read_ahead(islice(reads, first, None), workers if is_slow else 0)
+
+    def opened(self, data: Any, load: LoadFunction | None = None) -> KeyedDataset:
+        """Labelled data of the same form with the classes of training, as a recipe's data.test would name them; a
+        dataset as it is. ``load`` decides which code may run that the name leads to.
+
+        Raises:  DataError for data that are not there, or have a class that training did not know
+        """
+        if not isinstance(data, str | Path):
+            return as_dataset(data)
+        if isinstance(self.like, Columns) and not isinstance(self.like, LabelledData | Table):
+            raise DataError(
+                "this model's data were a program's own, which no path leads to", where=data, got="a path",
+                expected="a dataset, in Python",
+            )  # fmt: skip
+        return open_source(
+            self.settings, str(data), Path.cwd(), like=self.like, train=False, load=load, split_name="test"
+        )
 
     def _reads(self, inputs: Any, batch_size: int) -> tuple[Iterator[Read], bool]:
         """The batches, and whether reading them takes time."""

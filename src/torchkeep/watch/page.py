@@ -26,7 +26,7 @@ def _palette(colours: Sequence[str]) -> str:
     return "".join(f".c{place}{{--c:{colour}}}" for place, colour in enumerate(colours))
 
 
-_STYLE = (
+STYLE = (
     """
 :root{color-scheme:light dark;--page:#f6f7f8;--card:#fff;--ink:#1b1f24;--muted:#59636e;--line:#d5dbe1;--mark:#e7f1fa}
 *{box-sizing:border-box}
@@ -131,16 +131,15 @@ def comparison_page(comparison: Comparison) -> str:
             "runs": [[names.index(run) for run in chart.curves] for chart in charts]}  # fmt: skip
     data = orjson.dumps(held).decode().replace("<", "\\u003c")
     title = f"{len(names)} runs compared"
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {_hash(_STYLE)}; script-src {_hash(_SCRIPT)}; base-uri 'none'"
-    )
+    style, script = style_hash(STYLE), style_hash(_SCRIPT)
+    policy = f"default-src 'none'; img-src data:; style-src {style}; script-src {script}; base-uri 'none'"
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        f'<title>{title}: {_clean(", ".join(names))}</title>',
+        f'<title>{title}: {clean(", ".join(names))}</title>',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">',
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>',
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>',
         f"<body><main><h1>{title}</h1>", _runs(comparison), "<h2>Where the records part</h2>",
-        *(f"<p>{_clean(parting_text(parting, names[0]))}</p>" for parting in comparison.partings),
+        *(f"<p>{clean(parting_text(parting, names[0]))}</p>" for parting in comparison.partings),
         "<h2>Curves</h2>", *_controls(names), '<div class="curves">', *(chart.html() for chart in charts), "</div>",
         _metrics(comparison), *_differences(comparison),
         f'</main><script type="application/json" id="data">{data}</script><script>{_SCRIPT}</script></body></html>\n',
@@ -148,11 +147,13 @@ def comparison_page(comparison: Comparison) -> str:
     return "\n".join(parts)
 
 
-def _hash(text: str) -> str:
+def style_hash(text: str) -> str:
+    """What a policy names an embedded style or script by."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """A text as HTML: nothing in it is markup, and no sign rules a terminal."""
     return escape(
         "".join(sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in text)
     )
@@ -160,13 +161,13 @@ def _clean(text: str) -> str:
 
 def _key(text: str) -> str:
     """A tag or a setting, which may be broken where it has joints."""
-    return re.sub(r"([/._])", r"\1<wbr>", _clean(text))
+    return re.sub(r"([/._])", r"\1<wbr>", clean(text))
 
 
 # --- tables
 
 
-def _table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """Rows of cells that are HTML already, the first of each its head; a row of one cell begins a part."""
     body = [
         f'<tr><th scope="row">{name}</th>{"".join(f"<td{kind}>{cell}</td>" for cell in cells)}</tr>'
@@ -181,8 +182,8 @@ def _table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind:
 
 
 def _runs(comparison: Comparison) -> str:
-    return _table("Runs", ("run", "status", "model", "attempts", "step", "epoch", "time"), [
-        (f"{_swatch(place)} {_key(name)}", _clean(row["status"]), _clean(str(row["model"] or "")),
+    return table("Runs", ("run", "status", "model", "attempts", "step", "epoch", "time"), [
+        (f"{_swatch(place)} {_key(name)}", clean(row["status"]), clean(str(row["model"] or "")),
          str(row["attempts"]), f"{row['step']:,}", str(row["epoch"]), format_seconds(row["seconds"]))
         for place, (name, row) in enumerate(comparison.runs.items())
     ])  # fmt: skip
@@ -198,7 +199,7 @@ def _metrics(comparison: Comparison) -> str:
             rows[-1].append(
                 f'<span class="best">{cell}<span class="sr"> (best)</span></span>' if name in best else cell
             )
-    return _table("Metrics", ["metric", *map(_clean, comparison.runs)], rows, ' class="n"')
+    return table("Metrics", ["metric", *map(clean, comparison.runs)], rows, ' class="n"')
 
 
 def _differences(comparison: Comparison) -> Iterator[str]:
@@ -207,7 +208,7 @@ def _differences(comparison: Comparison) -> Iterator[str]:
         cells = ([_key(row.key), *(_cell(row, name) for name in comparison.runs)] for row in found)
         rows += [[section], *cells] if found else []
     if rows:
-        yield _table("What differs", ["", *map(_clean, comparison.runs)], rows)
+        yield table("What differs", ["", *map(clean, comparison.runs)], rows)
     same = [section for section, found in comparison.differences.items() if not found]
     if same:
         yield f"<p>The same in all: {', '.join(same)}.</p>"
@@ -216,8 +217,8 @@ def _differences(comparison: Comparison) -> Iterator[str]:
 def _cell(row: Difference, name: str) -> str:
     value = row.values.get(name)
     if value is None or not row.key.startswith("changes in "):
-        return "–" if value is None else _clean(plain_text(value))
-    return f"<details><summary>{cell_text(row, name)} lines</summary><pre>{_clean(str(value))}</pre></details>"
+        return "–" if value is None else clean(plain_text(value))
+    return f"<details><summary>{cell_text(row, name)} lines</summary><pre>{clean(str(value))}</pre></details>"
 
 
 # --- curves
@@ -236,7 +237,7 @@ def _swatch(place: int) -> str:
 def _controls(names: Sequence[str]) -> Iterator[str]:
     yield '<div class="bar" role="group" aria-label="how the curves are shown">'
     for place, name in enumerate(names):
-        yield f'<label><input type="checkbox" name="run" checked>{_swatch(place)}{_clean(name)}</label>'
+        yield f'<label><input type="checkbox" name="run" checked>{_swatch(place)}{clean(name)}</label>'
     yield '<span class="how"><label><input type="checkbox" name="log">log scale</label>'
     yield '<label>smoothing <input type="range" name="smooth" min="0" max="0.98" step="0.02" value="0"></label>'
     yield "</span></div>"
@@ -263,13 +264,13 @@ class _Chart:
     def html(self) -> str:
         last = max(step for line in self.curves.values() for step, _ in line)
         keys = "".join(
-            f'<li>{_swatch(place)}<b title="{_clean(run)}">{_clean(run)}</b>'
+            f'<li>{_swatch(place)}<b title="{clean(run)}">{clean(run)}</b>'
             f"<output>{format_number(line[-1][1])}</output></li>"
             for place, (run, line) in zip(self._places, self.curves.items(), strict=True)
         )
         return (
-            f'<figure><h3>{_clean(self.tag)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" tabindex="0" '
-            f'aria-label="{_clean(self.tag)} by step; arrow keys read the values">{"".join(self._picture())}</svg>'
+            f'<figure><h3>{clean(self.tag)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" tabindex="0" '
+            f'aria-label="{clean(self.tag)} by step; arrow keys read the values">{"".join(self._picture())}</svg>'
             f'<figcaption>last value, up to step {last:,}</figcaption><ul class="key">{keys}</ul></figure>'
         )
 

@@ -1,0 +1,139 @@
+"""What was measured of a model as one HTML page: no file beside it, no request, nothing of the data taken as markup."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..chance import ChanceKey
+from ..contracts import KeyedDataset
+from ..data.foreign import as_dataset
+from ..errors import TorchkeepError
+from ..watch.console import format_number
+from ..watch.page import STYLE, clean, style_hash, table
+from ..watch.pictures import confusion_picture
+from .measures import Interval, Measured, Worst
+
+_TILE = 160  # pixels
+_MOST_CLASSES = 100
+_SIDE, _EDGE = 260, 36
+_OWN_STYLE = """
+.sheet{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(150px,1fr))}
+.sheet img{width:100%;height:auto;border-radius:4px;image-rendering:auto;display:block}
+.sheet figcaption{margin-top:6px;overflow-wrap:anywhere}.sheet b{color:var(--ink);font-weight:600}
+.wide{background:#fff;border-radius:8px;padding:8px;max-width:100%;height:auto}
+.plot{max-width:380px}.plot rect{fill:var(--c)}.plot path{stroke:var(--muted);stroke-dasharray:4 4;fill:none}
+"""
+
+
+def report_page(measured: Measured, title: str, facts: Mapping[str, str], data: Any = None) -> str:
+    """A whole HTML document of what was measured; ``data`` shows the worst errors as they look."""
+    style = STYLE + _OWN_STYLE
+    policy = f"default-src 'none'; img-src data:; style-src {style_hash(style)}; base-uri 'none'"
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">', f"<title>{clean(title)}</title>",
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">',
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{style}</style></head>',
+        f"<body><main><h1>{clean(title)}</h1>",
+        *(f'<p class="muted">{clean(name)}: {clean(text)}</p>' for name, text in facts.items()),
+        table("Metrics", ("metric", "value", "95 % interval"), list(_metrics(measured.metrics)), ' class="n"'),
+        *_calibration(measured), *_classes(measured),
+        *_worst(measured.worst, as_dataset(data) if data is not None else None, bool(measured.classes)),
+        "</main></body></html>\n",
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def _metrics(metrics: Mapping[str, Interval]) -> Iterator[tuple[str, str, str]]:
+    for name, (value, low, high) in metrics.items():
+        yield clean(name), format_number(value), interval_text(low, high)
+
+
+def interval_text(low: float, high: float) -> str:
+    """The ends of an interval in words; empty where none is known."""
+    return f"{format_number(low)} to {format_number(high)}" if low < high else ""
+
+
+def _calibration(measured: Measured) -> Iterator[str]:
+    if not measured.bins:
+        return
+    found = measured.calibration
+    said = "Probabilities are as the model says: no temperature was found for it."
+    if found:
+        said = (f"Logits are divided by the temperature {format_number(found['temperature'])}, found on the split "
+                f"{found.get('split', '?')}: there the gap went from {format_number(found.get('ece_before', 0.0))} to "
+                f"{format_number(found.get('ece_after', 0.0))}.")  # fmt: skip
+    yield f'<h2>Calibration</h2><p>{clean(said)}</p><p class="muted">Of the answers with such a probability, how many'
+    yield f' are right; dashed: as many as promised.</p><figure class="plot">{_diagram(measured)}</figure>'
+
+
+def _diagram(measured: Measured) -> str:
+    """The reliability diagram as SVG, each bar as dark as many answers it stands for."""
+    inner, width = _SIDE - 2 * _EDGE, (_SIDE - 2 * _EDGE) / len(measured.bins)
+    most = max(count for count, _, _ in measured.bins) or 1
+    bars = "".join(
+        f'<rect x="{_EDGE + i * width + 1:.1f}" y="{_SIDE - _EDGE - share * inner:.1f}" width="{width - 2:.1f}" '
+        f'height="{share * inner:.1f}" opacity="{0.25 + 0.75 * count / most:.2f}"><title>{count:,} answers of about '
+        f"{p:.0%}: {share:.0%} are right</title></rect>"
+        for i, (count, p, share) in enumerate(measured.bins) if count
+    )  # fmt: skip
+    ticks = "".join(
+        f'<text class="tick" x="{_EDGE + at * inner:.1f}" y="{_SIDE - _EDGE + 16}" text-anchor="middle">{at:.0%}</text>'
+        f'<text class="tick" x="{_EDGE - 6}" y="{_SIDE - _EDGE - at * inner + 4:.1f}" text-anchor="end">{at:.0%}</text>'
+        for at in (0.0, 0.5, 1.0)
+    )
+    label = f'<text class="tick" x="{_SIDE / 2}" y="{_SIDE - 4}" text-anchor="middle">probability of the answer</text>'
+    line = f'<path d="M{_EDGE} {_SIDE - _EDGE}L{_SIDE - _EDGE} {_EDGE}"/>'
+    return (f'<svg class="c0" viewBox="0 0 {_SIDE} {_SIDE}" role="img" aria-label="Reliability diagram">{bars}{line}'
+            f"{ticks}{label}</svg>")  # fmt: skip
+
+
+def _classes(measured: Measured) -> Iterator[str]:
+    if not measured.per_class:
+        return
+    rows = [(clean(name), *(format_number(row[key]) for key in ("precision", "recall", "f1")), f"{row['support']:,.0f}")
+            for name, row in zip(measured.classes, measured.per_class, strict=False)][:_MOST_CLASSES]  # fmt: skip
+    yield table("Classes", ("class", "precision", "recall", "f1", "samples"), rows, ' class="n"')
+    if len(measured.per_class) > _MOST_CLASSES:
+        yield f'<p class="muted">and {len(measured.per_class) - _MOST_CLASSES:,} more classes</p>'
+    if measured.confusion:
+        picture = base64.b64encode(confusion_picture(measured.classes, measured.confusion)).decode()
+        yield f'<h2>Confusion</h2><img class="wide" alt="Confusion matrix" src="data:image/png;base64,{picture}">'
+
+
+def _worst(worst: list[Worst], data: KeyedDataset | None, is_sure: bool) -> Iterator[str]:
+    if not worst:
+        return
+    yield f'<h2>The worst errors</h2><p class="muted">{"The surest first." if is_sure else "The largest first."}</p>'
+    yield '<div class="sheet">'
+    for row in worst:
+        picture = _picture(data, row.index) if data is not None else ""
+        size = f"{row.size:.1%}" if is_sure else format_number(row.size)
+        yield (f"<figure>{picture}<figcaption><b>{clean(row.answer)}</b> {size}<br>truth {clean(row.truth)}<br>"
+               f"{clean(row.name)}</figcaption></figure>")  # fmt: skip
+    yield "</div>"
+
+
+def _picture(data: KeyedDataset, index: int) -> str:
+    """A sample's image, small; empty where it has none."""
+    from PIL import Image
+
+    try:
+        pixels = data.read(index, ChanceKey()).get("image")
+    except (TorchkeepError, AttributeError):
+        return ""
+    if not isinstance(pixels, Tensor) or pixels.ndim != 3 or pixels.is_floating_point():
+        return ""
+    wide = pixels.int() // 257 if pixels.element_size() > 1 else pixels
+    array = wide.byte().permute(1, 2, 0).numpy()
+    shown = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array[..., :3])
+    if max(shown.size) < _TILE // 2:  # a digit of 8 pixels
+        shown = shown.resize((_TILE, _TILE * shown.height // shown.width), Image.Resampling.NEAREST)
+    shown.thumbnail((_TILE * 2, _TILE * 2))
+    file = io.BytesIO()
+    shown.convert("RGB").save(file, "JPEG", quality=85)
+    return f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'

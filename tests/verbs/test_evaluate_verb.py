@@ -1,0 +1,84 @@
+"""A run and its package measured by the command line, and the page that it writes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def images(desk: Any) -> Any:
+    desk.write_images()
+    assert desk.say("train", "images.toml", "--quiet").code == 0
+    assert desk.say("package", "runs/images", "-o", "images.tkp").code == 0
+    return desk
+
+
+def test_a_package_and_its_run_are_measured_alike(images: Any) -> None:
+    run = json.loads(images.say("evaluate", "runs/images", "valid", "--json").out)
+    package = json.loads(images.say("evaluate", "images.tkp", "valid", "--json").out)
+    assert {"test/loss", "test/accuracy"} <= set(run)
+    assert package["test/accuracy"] == run["test/accuracy"]
+    low, high = package["intervals"]["accuracy"]
+    assert low <= package["test/accuracy"] <= high
+    assert json.loads(images.say("evaluate", "runs/images", "--json").out)["valid/accuracy"] == run["test/accuracy"]
+    said = images.say("evaluate", "images.tkp", "valid")
+    assert "95 % interval" in said.out
+
+
+def test_the_report_shows_the_worst_errors_and_needs_nothing_beside_it(images: Any) -> None:
+    said = images.say("evaluate", "images.tkp", "valid", "--html", "report.html")
+    assert said.code == 0, said.err
+    page = (images.folder / "report.html").read_text(encoding="utf-8")
+    assert "Confusion" in page
+    assert "Calibration" in page
+    assert 'src="http' not in page
+    said = images.say("evaluate", "runs/images", "--html", "run.html")
+    assert said.code == 0
+    playwright = pytest.importorskip("playwright.sync_api")
+    found: list[str] = []
+    with playwright.sync_playwright() as started:
+        try:
+            browser = started.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        except playwright.Error:
+            pytest.skip("there is no chromium here")
+        shown = browser.new_page()
+        shown.on("console", lambda message: found.append(message.text))
+        shown.on(
+            "request", lambda asked: found.append(asked.url) if not asked.url.startswith(("file:", "data:")) else 0
+        )
+        shown.goto((images.folder / "report.html").as_uri())
+        assert shown.locator("h1").inner_text() == "images.tkp, measured"
+        assert shown.locator("svg rect").count() > 0
+        browser.close()
+    assert found == []
+
+
+def test_what_cannot_be_measured_is_said(images: Any) -> None:
+    for words in (("images.tkp",), ("images.tkp", "nowhere"), ("missing.tkp", "valid"), ("runs/none",)):
+        said = images.say("evaluate", *words)
+        assert said.code == 2, words
+        assert "Traceback" not in said.err
+    images.write_image("other/cats/0.png", np.zeros((8, 8, 3)))
+    said = images.say("evaluate", "images.tkp", "other")
+    assert said.code == 2
+    assert "cats" in said.err
+
+
+def test_tables_and_texts_are_measured_by_their_packages(desk: Any) -> None:
+    desk.write_table()
+    assert desk.say("train", "table.toml", "--quiet").code == 0
+    assert desk.say("package", "runs/table", "-o", "table.tkp").code == 0
+    found = json.loads(desk.say("evaluate", "table.tkp", "rows.csv", "--json").out)
+    assert 0 <= found["test/accuracy"] <= 1
+    rows = "".join(f"a {('good', 'bad')[i % 2]} one {i},{i % 2}\n" for i in range(24))
+    desk.write("texts.csv", f"text,label\n{rows}")
+    desk.write("texts.toml", '[data]\ntrain = "texts.csv"\nvalid_fraction = 0.3\nworkers = 0\n[model]\nname = "textconv"\n'
+               "args = {width = 8, channels = 8}\n[train]\nepochs = 1\n[monitor]\nviews = []\n")  # fmt: skip
+    assert desk.say("train", "texts.toml", "--quiet").code == 0
+    assert desk.say("package", "runs/texts", "-o", "texts.tkp").code == 0
+    found = json.loads(desk.say("evaluate", "texts.tkp", "texts.csv", "--json").out)
+    assert found["test/accuracy"] >= 0

@@ -30,6 +30,8 @@ from .tensors import MAX_DEPTH, parse_json, read_safetensors, to_json
 
 HEAD = "package.json"
 PARAMETERS = "parameters.safetensors"
+CARD = "README.md"
+SUFFIX = ".tkp"
 FORMAT = 1
 MAX_MEMBERS = 1000
 MAX_NAME_BYTES = 200

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from .api import open_run
-from .archive import HEAD, PARAMETERS, Archive
+from .archive import CARD, HEAD, PARAMETERS, SUFFIX, Archive
 from .contracts import Json, TensorTree
 from .errors import CheckpointError, DataError, ModelError, PackageError, SettingsError
 from .folder import RunFolder, open_run_folder
@@ -28,12 +28,10 @@ from .share.origin import origin_of, parameters_of, read_origin
 from .share.package import (
     ARCHITECTURE,
     BASE,
-    CARD,
     LABELS,
     METRICS,
     PREPROCESS,
     PROVENANCE,
-    SUFFIX,
     contract_in,
     load_package,
 )

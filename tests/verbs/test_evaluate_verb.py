@@ -8,6 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+TEXTS = """
+[data]
+train = "texts.csv"
+valid_fraction = 0.3
+workers = 0
+
+[model]
+name = "textconv"
+args = {width = 8, channels = 8}
+
+[train]
+epochs = 1
+
+[monitor]
+views = []
+"""
+
 
 @pytest.fixture
 def images(desk: Any) -> Any:
@@ -76,8 +93,7 @@ def test_tables_and_texts_are_measured_by_their_packages(desk: Any) -> None:
     assert 0 <= found["test/accuracy"] <= 1
     rows = "".join(f"a {('good', 'bad')[i % 2]} one {i},{i % 2}\n" for i in range(24))
     desk.write("texts.csv", f"text,label\n{rows}")
-    desk.write("texts.toml", '[data]\ntrain = "texts.csv"\nvalid_fraction = 0.3\nworkers = 0\n[model]\nname = "textconv"\n'
-               "args = {width = 8, channels = 8}\n[train]\nepochs = 1\n[monitor]\nviews = []\n")  # fmt: skip
+    desk.write("texts.toml", TEXTS)
     assert desk.say("train", "texts.toml", "--quiet").code == 0
     assert desk.say("package", "runs/texts", "-o", "texts.tkp").code == 0
     found = json.loads(desk.say("evaluate", "texts.tkp", "texts.csv", "--json").out)

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..archive import Archive, write_archive
+from ..archive import CARD, SUFFIX, Archive, write_archive
 from ..errors import PackageError, SettingsError, TorchkeepError
 from ..model.hub import HUB
 from ..packages import package_of
 from .card import HUB_ID, card_over
-from .package import CARD, SUFFIX
 
 _PART = r"(?!\.)[^/\\:]+"
 _FILE = re.compile(rf"(?:{_PART}/)*{_PART}\{SUFFIX}")
@@ -85,27 +84,32 @@ def fetched(source: str) -> Path:
     repo, revision, file = named.groups()
     with _explained(hub, source):
         api = hub.HfApi()
-        file = file or _only_one(_listed(api, repo, revision), source)
-        return Path(api.hf_hub_download(repo, file, revision=revision))
-
-
-def _listed(api: Any, repo: str, revision: str | None) -> list[str]:
-    """The packages of a repository; those in the cache where the hub cannot be reached."""
-    try:
-        found = api.model_info(repo, revision=revision).siblings or ()
-        names = [row.rfilename for row in found]
-    except Exception as error:
-        if (_status(error) or 500) < 500:
-            raise
         try:
-            kept = Path(api.snapshot_download(repo, revision=revision, local_files_only=True))
-        except OSError:
-            raise error from None
-        names = [path.relative_to(kept).as_posix() for path in kept.rglob("*")]
-    return sorted(filter(_FILE.fullmatch, names))
+            if file is None:
+                listed = api.model_info(repo, revision=revision).siblings or ()
+                file = _only_one([row.rfilename for row in listed], source)
+            return Path(api.hf_hub_download(repo, file, revision=revision))
+        except Exception as error:
+            if isinstance(error, TorchkeepError) or (_status(error) or 500) < 500:
+                raise
+            kept = _kept(api, repo, revision)
+            file = file or (_only_one(list(kept), source) if kept else "")
+            if file not in kept:
+                raise
+            return kept[file]
 
 
-def _only_one(files: list[str], source: str) -> str:
+def _kept(api: Any, repo: str, revision: str | None) -> dict[str, Path]:
+    """The packages of a repository that the cache has."""
+    try:
+        folder = Path(api.snapshot_download(repo, revision=revision, local_files_only=True))
+    except OSError:
+        return {}
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob(f"*{SUFFIX}")}
+
+
+def _only_one(names: list[str], source: str) -> str:
+    files = sorted(filter(_FILE.fullmatch, names))
     if len(files) == 1:
         return files[0]
     shown = ", ".join(files[:_MOST_NAMED]) + (", …" if len(files) > _MOST_NAMED else "")
@@ -136,7 +140,7 @@ def _explained(hub: Any, where: str, token: str | None = None) -> Iterator[None]
     except TorchkeepError:
         raise
     except Exception as error:
-        told = error.__cause__ or error
+        told = error if hasattr(error, "response") else error.__cause__ or error
         secret, said = token or hub.get_token(), " ".join(str(told).split())
         said = f"{type(told).__name__}: {said.replace(secret, '…') if secret else said}"[:400]
         status = _status(error)

@@ -23,7 +23,7 @@ from pydantic import Field as Setting
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..archive import PARAMETERS, Archive, write_archive
+from ..archive import CARD, PARAMETERS, Archive, write_archive
 from ..contracts import INDEX, Batch, Field, Json, KeyedDataset, Schema, TensorTree
 from ..data.arrays import Columns
 from ..data.foreign import as_dataset
@@ -44,10 +44,7 @@ from .contract import Asked, Contract
 from .graph import DTYPES, GraphModel
 
 ARCHITECTURE, PREPROCESS, LABELS = "architecture.json", "preprocess.json", "labels.json"
-METRICS, PROVENANCE, SELFTEST, CARD, BASE = (
-    "metrics.json", "provenance.json", "selftest.safetensors", "README.md", "base.json",
-)  # fmt: skip
-SUFFIX = ".tkp"
+METRICS, PROVENANCE, SELFTEST, BASE = "metrics.json", "provenance.json", "selftest.safetensors", "base.json"
 _READING = "reading/"  # files that reading inputs takes, such as a tokenizer's
 
 _NAMES = {ARCHITECTURE, PARAMETERS, PREPROCESS, LABELS, METRICS, PROVENANCE, SELFTEST, CARD, BASE, _READING + TOKENIZER}

@@ -140,11 +140,11 @@ def _explained(hub: Any, where: str, token: str | None = None) -> Iterator[None]
     except TorchkeepError:
         raise
     except Exception as error:
-        told = error if hasattr(error, "response") else error.__cause__ or error
+        told = error if getattr(error, "response", None) is not None else error.__cause__ or error
         secret, said = token or hub.get_token(), " ".join(str(told).split())
         said = f"{type(told).__name__}: {said.replace(secret, '…') if secret else said}"[:400]
         status = _status(error)
-        is_refused = isinstance(error, ValueError) or 400 <= (status or 0) < 500
+        is_refused = 400 <= (status or 0) < 500 or (isinstance(error, ValueError) and not isinstance(error, OSError))
         what, expected, fix = _BY_STATUS.get(status or 0, _REFUSED if is_refused else _UNREACHED)
         if isinstance(error, hub.errors.RepositoryNotFoundError):  # a hub says 401 of what is not there, too
             what, expected, fix = _MISSING

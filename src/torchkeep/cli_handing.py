@@ -70,6 +70,8 @@ def predict(
     asked = handing.opened(source, base=base, trust_code=trust_code, device=device)
     predictor = Predictor(asked, batch_size=batch_size, top=top, workers="auto" if workers is None else workers)
     found, paths, given = rows.inputs_of(asked.contract.reader, inputs, lambda: sys.stdin.buffer.read())
+    if sys.stderr.isatty():  # a person reads it
+        click.echo(f"calibration: {calibration_text(asked.contract.calibration)}", err=True)
     is_shown = sys.stderr.isatty() and (output is not None or not sys.stdout.isatty())
     seen = _progress(len(paths) if getattr(found, "are_files", False) else None, is_shown)
     num_bad = 0
@@ -120,17 +122,21 @@ def evaluate(
     """
     from . import handing
     from .files import write_durable
-    from .share.report import interval_text, report_page
+    from .share.report import interval_text, report_page, unanswered_text
     from .watch.console import Console, format_number
 
+    if html and not Path(html).absolute().parent.is_dir():
+        where = f"--html {html}"
+        raise SettingsError("the folder of the page is missing", where=where, expected="a folder that exists")
     found = handing.evaluation(source, data, workers=workers, base=base, trust_code=trust_code, device=device)
     if html:
         facts = {"model": source, "data": data or found.split, "samples": f"{found.measured.num_samples:,}"}
         page = report_page(found.measured, f"{Path(source).name}, measured", facts, found.dataset)
         write_durable(Path(html), page.encode())
     if as_json:
-        intervals = {name: list(ends) for name, (_, *ends) in found.measured.metrics.items()}
-        click.echo(_json_line({**found.values, "intervals": intervals}))
+        known = {name: row for name, row in found.measured.metrics.items() if row[1] < row[2]}
+        more: dict[str, Any] = {"intervals": {name: [low, high] for name, (_, low, high) in known.items()}}
+        click.echo(_json_line({**found.values, **more, "unanswered": found.measured.num_unanswered}))
         return
     ends = {f"{found.split}/{name}": row for name, row in found.measured.metrics.items()}
     Console().table(
@@ -139,7 +145,8 @@ def evaluate(
          for name, value in found.values.items()],
     )  # fmt: skip
     if found.measured.num_unanswered:
-        click.echo(f"{found.measured.num_unanswered} samples have an output of NaN or infinity, and are left out")
+        name, why = next(iter(found.measured.unanswered.items()))
+        click.echo(f"{unanswered_text(found.measured.num_unanswered)} The first is {name}: {why}")
     if html:
         click.echo(f"the report is in {html}")
 

@@ -38,6 +38,7 @@ from .share.package import (
 from .share.predict import Prediction, Predictor
 from .share.reproduce import Reproduced, compared, environment_differences, placements
 from .tensors import tensor_sha256
+from .training.prepare import Feeding
 from .training.provenance import environment
 from .training.recipe import Recipe, recipe_from_json
 from .training.resuming import check_data
@@ -108,13 +109,15 @@ def evaluation(
         run = open_run(source, trust_code=trust_code)
         split, dataset = run._split(data)
         values, asked = run.evaluate(data, which=which), run.asked(which, device=device)
+        feeding = run._prepared.work.feeding
     else:
         asked, split, values = opened(source, base=base, trust_code=trust_code, device=device), "test", {}
+        feeding = Feeding()
         if data is None:
             raise SettingsError("a package has no data of its own", where="evaluate", got="no data",
                                 expected="labelled data: torchkeep evaluate PACKAGE DATA")  # fmt: skip
         dataset = asked.contract.reader.opened(data, load_function)  # the caller names it, so code in it may run
-    found = measured(asked, dataset, workers=workers)
+    found = measured(asked, dataset, workers=workers, on_bad=feeding.on_bad, bad_fraction=feeding.bad_fraction)
     named = {f"{split}/{name}": value for name, (value, _, _) in found.metrics.items()}
     return Evaluation(split, {**named, **values} if not values else {**values, **{k: v for k, v in named.items()
                       if k not in values}}, found, dataset)  # fmt: skip

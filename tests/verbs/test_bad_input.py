@@ -385,10 +385,10 @@ def test_a_run_that_another_process_holds(slow: Any) -> None:
 def test_a_folder_that_holds_no_run(desk: Any) -> None:
     desk.write_table()
     for place in ("runs/none", ".", "rows.csv"):
-        refused(desk, ("predict", place, "rows.csv"), "PackageError", "package", place)
-    for verb, more in [("resume", ()), ("evaluate", ())]:
-        for place, got in [("runs/none", "no such folder"), (".", "no run.json in it"), ("rows.csv", "a file")]:
-            refused(desk, (verb, place, *more), "RunFolderError", "not the folder of a run", place, got)
+        for verb in ("predict", "evaluate"):
+            refused(desk, (verb, place, "rows.csv"), "PackageError", "package", place)
+    for place, got in [("runs/none", "no such folder"), (".", "no run.json in it"), ("rows.csv", "a file")]:
+        refused(desk, ("resume", place), "RunFolderError", "not the folder of a run", place, got)
 
 
 def test_a_run_whose_data_changed(desk: Any) -> None:

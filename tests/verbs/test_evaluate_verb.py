@@ -75,7 +75,8 @@ def test_the_report_shows_the_worst_errors_and_needs_nothing_beside_it(images: A
 
 
 def test_what_cannot_be_measured_is_said(images: Any) -> None:
-    for words in (("images.tkp",), ("images.tkp", "nowhere"), ("missing.tkp", "valid"), ("runs/none",)):
+    page = ("images.tkp", "valid", "--html", "nowhere/report.html")
+    for words in (("images.tkp",), ("images.tkp", "nowhere"), ("missing.tkp", "valid"), ("runs/none",), page):
         said = images.say("evaluate", *words)
         assert said.code == 2, words
         assert "Traceback" not in said.err
@@ -85,16 +86,50 @@ def test_what_cannot_be_measured_is_said(images: Any) -> None:
     assert "cats" in said.err
 
 
+def test_a_sample_that_cannot_be_read_is_named(images: Any) -> None:
+    images.write("valid/ants/7.png", "no image")
+    said = images.say("evaluate", "images.tkp", "valid")
+    assert said.code == 2
+    assert "ants/7.png" in said.err
+    lenient = ("--set", 'data.on_bad="mask"', "--set", "data.bad_fraction=0.5", "--run-dir", "runs/lenient", "--quiet")
+    assert images.say("train", "images.toml", *lenient).code == 0
+    said = images.say("evaluate", "runs/lenient", "--html", "report.html")
+    assert said.code == 0, said.err
+    assert "1 samples cannot be read" in said.out
+    assert "ants/7.png" in said.out
+    assert "ants/7.png" in (images.folder / "report.html").read_text(encoding="utf-8")
+    assert json.loads(images.say("evaluate", "runs/lenient", "--json").out)["unanswered"] == 1
+
+
 def test_tables_and_texts_are_measured_by_their_packages(desk: Any) -> None:
     desk.write_table()
     assert desk.say("train", "table.toml", "--quiet").code == 0
     assert desk.say("package", "runs/table", "-o", "table.tkp").code == 0
-    found = json.loads(desk.say("evaluate", "table.tkp", "rows.csv", "--json").out)
+    found = json.loads(desk.say("evaluate", "table.tkp", "rows.csv", "--json", "--html", "table.html").out)
     assert 0 <= found["test/accuracy"] <= 1
+    assert found["unanswered"] == 0
+    assert all(low < high for low, high in found["intervals"].values())
+    assert "colour blue" in (desk.folder / "table.html").read_text(encoding="utf-8")
     rows = "".join(f"a {('good', 'bad')[i % 2]} one {i},{i % 2}\n" for i in range(24))
     desk.write("texts.csv", f"text,label\n{rows}")
     desk.write("texts.toml", TEXTS)
     assert desk.say("train", "texts.toml", "--quiet").code == 0
     assert desk.say("package", "runs/texts", "-o", "texts.tkp").code == 0
-    found = json.loads(desk.say("evaluate", "texts.tkp", "texts.csv", "--json").out)
+    found = json.loads(desk.say("evaluate", "texts.tkp", "texts.csv", "--json", "--html", "texts.html").out)
     assert found["test/accuracy"] >= 0
+    assert "one 1" in (desk.folder / "texts.html").read_text(encoding="utf-8")
+
+
+def test_arrays_are_measured_by_their_package(desk: Any) -> None:
+    draws = np.random.default_rng(0)
+    labels = draws.integers(0, 2, 80)
+    np.savez(desk.folder / "rows.npz", input=draws.normal(size=(80, 3)).astype(np.float32), label=labels)
+    desk.write("arrays.toml", TEXTS.replace("texts.csv", "rows.npz").partition("[model]")[0]
+               + '[model]\nname = "mlp"\n\n[train]\nepochs = 1\n\n[monitor]\nviews = []\n')  # fmt: skip
+    assert desk.say("train", "arrays.toml", "--quiet").code == 0
+    assert desk.say("package", "runs/arrays", "-o", "arrays.tkp").code == 0
+    said = desk.say("evaluate", "arrays.tkp", "rows.npz", "--json", "--html", "arrays.html")
+    assert said.code == 0, said.err
+    assert 0 <= json.loads(said.out)["test/accuracy"] <= 1
+    desk.write("rows.csv", "a,label\n1,0\n")
+    assert ".npz" in desk.say("evaluate", "arrays.tkp", "rows.csv").err

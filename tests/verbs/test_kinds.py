@@ -272,7 +272,9 @@ def test_every_kind_trains_and_is_measured(desk: Any, case: str) -> None:
     for words in ((), (source,)):  # the validation split, and all of the data by their name
         measured = desk.say("evaluate", "runs/kind", *words, "--json")
         assert measured.code == 0, measured.err
-        assert all(math.isfinite(value) for value in json.loads(measured.out).values())
+        found = json.loads(measured.out)
+        assert all(math.isfinite(end) for ends in found.pop("intervals").values() for end in ends)
+        assert all(math.isfinite(value) for value in found.values())
 
 
 RESUMED = ["texts", "blocks", "sounds", "others for bad images, in memory", "bad images left out"]

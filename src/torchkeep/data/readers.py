@@ -22,6 +22,7 @@ from ..errors import DataError, PackageError, SettingsError
 from ..packages import package_of
 from ..settings import S, Settings, check
 from ..tensors import parse_json, to_json
+from ..usercode import is_reference
 from .arrays import Columns
 from .audio import MAX_SAMPLES, Clips
 from .decode import MAX_PIXELS
@@ -56,6 +57,7 @@ _MAX_RATE = 1 << 20  # Hz
 _MAX_MELS = 1 << 10
 _MAX_AXES = 8
 _INT32 = (1 << 31) - 1
+_ARRAYS = (".npz", ".npy")
 _LABELLED = ("format", "columns", "label", "target", "separator")
 _KEPT: dict[str, tuple[str, ...]] = {
     "image": (*_LABELLED, "image", "mask", "image_size"),
@@ -115,10 +117,11 @@ class Reader:
         """
         if not isinstance(data, str | Path):
             return as_dataset(data)
-        if isinstance(self.like, Columns) and not isinstance(self.like, LabelledData | Table):
+        is_plain = isinstance(self.like, Columns) and not isinstance(self.like, LabelledData | Table)
+        if is_plain and not (Path(data).suffix.lower() in _ARRAYS or is_reference(str(data))):
             raise DataError(
-                "this model's data were a program's own, which no path leads to", where=data, got="a path",
-                expected="a dataset, in Python",
+                "this model's data were arrays, or a program's own", where=data, got="another form of data",
+                expected=f"{' or '.join(_ARRAYS)}, FILE.py:FUNCTION, or a dataset in Python",
             )  # fmt: skip
         return open_source(
             self.settings, str(data), Path.cwd(), like=self.like, train=False, load=load, split_name="test"

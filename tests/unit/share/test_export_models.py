@@ -60,9 +60,11 @@ def mlp(root: Path) -> Contents:
 
 
 MAKERS: dict[str, Callable[[Path], Contents]] = {
-    "convnet": image_contents, "vit": tiny_vit, "mobilenet_v2": mobilenet, "textconv": text_contents,
-    "transformer": transformer, "mlp": mlp, "bert": hub_contents,
+    "convnet": image_contents, "vit": tiny_vit, "textconv": text_contents, "transformer": transformer, "mlp": mlp,
+    "bert": hub_contents,
 }  # fmt: skip
+if not (SHARED / "models/mobilenet_v2.py").is_file():  # which is the same network as a graph
+    MAKERS["mobilenet_v2"] = mobilenet
 
 
 def packaged(name: str, root: Path) -> Package:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torchkeep.data.arrays import Columns
 from torchkeep.data.readers import Reader
 from torchkeep.data.sources import DataSettings
 from torchkeep.errors import DataError, ModelError
+from torchkeep.share import measures
 from torchkeep.share.calibration import bins_of, calibrated, expected_error
 from torchkeep.share.contract import Asked, Contract
 from torchkeep.share.measures import Measured, measured
@@ -111,6 +113,70 @@ def test_numbers_are_measured_in_their_own_units() -> None:
     assert found.worst[0].size == pytest.approx(float(gap.abs().max()))
 
 
+def test_an_interval_stays_where_its_metric_can_be() -> None:
+    logits = torch.tensor([[8.0, 0.0]] * 39 + [[0.0, 8.0]])  # one of forty is wrong, and sure of it
+    found = classes_measured(logits, torch.zeros(40, dtype=torch.int64), ("a", "b"))
+    for name in ("log_loss", "brier", "accuracy", "f1"):
+        value, low, high = found.metrics[name]
+        assert 0 <= low < value < high, name
+    assert found.metrics["brier"][2] <= 2
+
+
+def test_the_interval_of_an_area_is_that_of_samples_drawn_again() -> None:
+    draws = np.random.default_rng(3)
+    labels = draws.integers(0, 3, 300)
+    logits = draws.normal(size=(300, 3)) + np.eye(3)[labels]
+    p = torch.tensor(logits).softmax(1).numpy()
+
+    def area(places: Any) -> float:
+        said, true = p[places], labels[places]
+        return float(np.mean([(said[true == k, k][:, None] > said[true != k, k]).mean() for k in range(3)]))
+
+    ends = np.quantile([area(draws.integers(0, 300, 300)) for _ in range(400)], (0.025, 0.975))
+    value, *found = classes_measured(torch.tensor(logits), torch.tensor(labels), ("a", "b", "c")).metrics["auroc"]
+    assert value == pytest.approx(area(np.arange(300)))
+    assert found == pytest.approx(list(ends), abs=0.01)
+
+
+def test_many_samples_have_the_intervals_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = torch.Generator().manual_seed(4)
+    true = torch.randn(3000, generator=draws)
+    data = tk.Arrays(said=true[:, None] + torch.randn(3000, 1, generator=draws), label=true)
+    asked = asked_of(Field("number", (), is_target=True), "mse")
+    few = measured(asked, data, workers=0).metrics
+    monkeypatch.setattr(measures, "_MOST_DRAWN", 100)
+    many = measured(asked, data, workers=0).metrics
+    for name in ("mean_absolute_error", "bias", "rmse"):
+        assert many[name] == pytest.approx(few[name], abs=0.01), name
+    assert many["r2"] == pytest.approx(few["r2"], abs=0.03)
+    value, low, high = few["error_at_90%"]
+    assert low < value < high
+
+
+def test_masks_and_tokens_without_a_number_are_counted_apart() -> None:
+    draws = torch.Generator().manual_seed(5)
+    mask, output = torch.randint(0, 2, (40, 3, 3), generator=draws), torch.randn(40, 2, 3, 3, generator=draws)
+    output[7] = math.nan
+    asked = asked_of(Field("mask", (3, 3), ("no", "yes"), is_target=True), "cross_entropy")
+    found = measured(asked, tk.Arrays(said=output, label=mask), workers=0)
+    kept = torch.arange(40) != 7
+    assert (found.num_samples, found.num_unanswered, list(found.unanswered)) == (39, 1, ["7"])
+    assert "no number" in report_page(found, "masks", {})
+    assert found.metrics["accuracy"][0] == pytest.approx(float((output.argmax(1) == mask)[kept].double().mean()))
+    assert found.metrics["log_loss"][0] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(output[kept], mask[kept])), rel=1e-5
+    )
+    with pytest.raises(DataError, match="not the model's"):
+        measured(asked, tk.Arrays(said=output, label=mask + 6), workers=0)
+    tokens, said = torch.randint(0, 9, (20, 4), generator=draws), torch.randn(20, 4, 9, generator=draws)
+    next_ones = measured(asked_of(Field("tokens", (4,), is_target=True), "cross_entropy"),
+                         tk.Arrays(said=said, label=tokens), workers=0).metrics  # fmt: skip
+    cost = float(torch.nn.functional.cross_entropy(said.flatten(0, 1), tokens.flatten()))
+    value, low, high = next_ones["perplexity"]
+    assert low < value < high
+    assert value == pytest.approx(math.exp(cost), rel=1e-5)
+
+
 def test_several_labels_and_masks() -> None:
     labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     logits = torch.tensor([[3.0, -3.0], [3.0, 3.0], [3.0, 3.0], [-3.0, -3.0]])
@@ -118,6 +184,8 @@ def test_several_labels_and_masks() -> None:
     found = measured(asked_of(field, "binary_cross_entropy"), tk.Arrays(said=logits, label=labels), workers=0)
     assert found.metrics["exact_match"][0] == 0.75
     assert found.per_class[0] == pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 0.8, "support": 2})
+    assert found.metrics["auroc"][0] == pytest.approx((0.75 + 1) / 2)
+    assert [(row.index, row.truth, row.answer) for row in found.worst] == [(1, "big", "red|big")]
     mask = torch.tensor([[[0, 1], [1, 255]]])
     output = torch.nn.functional.one_hot(torch.tensor([[[0, 1], [0, 0]]]), 2).permute(0, 3, 1, 2).float()
     seen = measured(asked_of(Field("mask", (2, 2), ("no", "yes"), is_target=True), "cross_entropy"),
@@ -130,6 +198,8 @@ def test_what_cannot_be_measured_is_said() -> None:
     logits, labels = torch.zeros(4, 2), torch.tensor([0, 1, 2, 1])
     with pytest.raises(DataError, match="not the model's"):
         classes_measured(logits, labels, ("a", "b"))
+    with pytest.raises(DataError, match="no labels"):
+        measured(asked_of(Field("label", (), ("a", "b"), is_target=True), "cross_entropy"), tk.Arrays(said=logits))
     with pytest.raises(ModelError, match="no output"):
         classes_measured(torch.full((4, 2), math.nan), torch.tensor([0, 1, 0, 1]), ("a", "b"))
     partly = torch.tensor([[math.nan, 0.0], [0.0, 1.0], [1.0, 0.0]])

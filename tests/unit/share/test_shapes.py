@@ -21,7 +21,7 @@ RULED = sorted(name for name in NAMES if rule_of(name))
 RECURRENT = [name for name in RULED if name.endswith(".input")]
 KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 STATED = {"padding": ("same", "valid"), "approximate": ("none", "tanh"), "mode": ("constant", "reflect")}
-MOST_DRAWS, ENOUGH = 8000, 30
+MOST_DRAWS, ENOUGH = 4000, 12
 
 
 class Drawn:

@@ -107,7 +107,7 @@ def _progress(total: int | None, is_shown: bool) -> Callable[[int], None]:
 @click.argument("source", type=click.Path())
 @click.argument("data", required=False)
 @click.option("--html", type=click.Path(dir_okay=False), help="Write one page: classes, calibration, the worst errors.")
-@click.option("--workers", type=click.IntRange(0), metavar="N", help="Who reads; one a core without it.")
+@click.option("--workers", type=click.IntRange(0), metavar="N", help="Who reads for a package; one a core without it.")
 @_DEVICE
 @_BASE
 @_TRUST
@@ -129,6 +129,9 @@ def evaluate(
         where = f"--html {html}"
         raise SettingsError("the folder of the page is missing", where=where, expected="a folder that exists")
     found = handing.evaluation(source, data, workers=workers, base=base, trust_code=trust_code, device=device)
+    if html and not found.measured.metrics:
+        raise SettingsError("there is nothing to draw of this run", where=f"--html {html}",
+                            got="no labels beside the outputs", expected="one target")  # fmt: skip
     if html:
         facts = {"model": source, "data": data or found.split, "samples": f"{found.measured.num_samples:,}"}
         page = report_page(found.measured, f"{Path(source).name}, measured", facts, found.dataset)

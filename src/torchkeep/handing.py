@@ -7,23 +7,23 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from .api import open_run
-from .archive import CARD, HEAD, PARAMETERS, SUFFIX, Archive
+from .archive import CARD, HEAD, PARAMETERS, SUFFIX
 from .contracts import Json, TensorTree
 from .errors import CheckpointError, DataError, ModelError, PackageError, SettingsError
 from .folder import RunFolder, open_run_folder
 from .keep.checkpoint import Checkpoints
 from .model.hub import HUB
-from .running import execute, loaded, place_of, recorded_recipe, trusting, work_of
+from .running import Run, Which, execute, loaded, place_of, recorded_recipe, trusting, work_of
 from .settings import override
 from .share.contents import base_of
-from .share.contract import Asked
-from .share.hub import fetched
-from .share.measures import Measured, measured
+from .share.contract import Asked, contract_of
+from .share.hub import open_archive
+from .share.measures import Gathered, Measured, measured
 from .share.origin import origin_of, parameters_of, read_origin
 from .share.package import (
     ARCHITECTURE,
@@ -38,14 +38,11 @@ from .share.package import (
 from .share.predict import Prediction, Predictor
 from .share.reproduce import Reproduced, compared, environment_differences, placements
 from .tensors import tensor_sha256
-from .training.prepare import Feeding
 from .training.provenance import environment
 from .training.recipe import Recipe, recipe_from_json
 from .training.resuming import check_data
 from .usercode import load_function
 from .watch.console import Console
-
-Which = Literal["best", "last"] | int
 
 
 def is_run(source: str | Path) -> bool:
@@ -89,7 +86,10 @@ def predict(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on a split or other labelled data; ``values`` by name, the loss and metrics of a run first."""
+    """What was measured on a split or other labelled data; ``values`` by name, the loss and metrics of a run first.
+
+    ``measured`` has no metrics for a run whose outputs have no labels beside them, as those of a step of one's own.
+    """
 
     split: str
     values: dict[str, float]
@@ -103,24 +103,40 @@ def evaluation(
 ) -> Evaluation:  # fmt: skip
     """Measure a run or a package on labelled data: a path, or a dataset; a run also on its own test or valid split.
 
+    A run reads and computes as its recipe says: ``workers`` and ``device`` are a package's.
+
     Raises:  as ``opened`` does; SettingsError without data; DataError for data that are not like those of training
     """
     if is_run(source):
-        run = open_run(source, trust_code=trust_code)
-        split, dataset = run._split(data)
-        values, asked = run.evaluate(data, which=which), run.asked(which, device=device)
-        feeding = run._prepared.work.feeding
-    else:
-        asked, split, values = opened(source, base=base, trust_code=trust_code, device=device), "test", {}
-        feeding = Feeding()
-        if data is None:
-            raise SettingsError("a package has no data of its own", where="evaluate", got="no data",
-                                expected="labelled data: torchkeep evaluate PACKAGE DATA")  # fmt: skip
-        dataset = asked.contract.reader.opened(data, load_function)  # the caller names it, so code in it may run
-    found = measured(asked, dataset, workers=workers, on_bad=feeding.on_bad, bad_fraction=feeding.bad_fraction)
-    named = {f"{split}/{name}": value for name, (value, _, _) in found.metrics.items()}
-    return Evaluation(split, {**named, **values} if not values else {**values, **{k: v for k, v in named.items()
-                      if k not in values}}, found, dataset)  # fmt: skip
+        if workers is not None or device is not None:
+            raise SettingsError("a run is measured as its recipe says", where=source, got="workers or device",
+                                expected="neither", fix="torchkeep package RUN, then evaluate the package")  # fmt: skip
+        return _evaluation_of(open_run(source, trust_code=trust_code), data, which)
+    asked = opened(source, base=base, trust_code=trust_code, device=device)
+    if data is None:
+        raise SettingsError("a package has no data of its own", where="evaluate", got="no data",
+                            expected="labelled data: torchkeep evaluate PACKAGE DATA")  # fmt: skip
+    dataset = asked.contract.reader.opened(data, load_function)  # the caller names it, so code in it may run
+    found = measured(asked, dataset, workers=workers)
+    return Evaluation("test", _named("test", found), found, dataset)
+
+
+def _evaluation_of(run: Run, data: Any, which: Which) -> Evaluation:
+    """A run in one pass: its loss and metrics, and what can be told of the outputs and labels that pass by."""
+    prepared, (split, dataset) = run._prepared, run._split(data)
+    gathered, found = None, Measured(0, {})
+    with contextlib.suppress(DataError):
+        gathered = Gathered(contract_of(prepared, None), dataset)
+    with run._using(which), contextlib.closing(prepared.evaluation_loader(dataset)) as loader:
+        values = prepared.evaluation(loader, split, gathered)
+        if gathered is not None:
+            with contextlib.suppress(DataError, ModelError):
+                found = gathered.measured(loader)
+    return Evaluation(split, {**values, **_named(split, found), **values}, found, dataset)
+
+
+def _named(split: str, found: Measured) -> dict[str, float]:
+    return {f"{split}/{name}": value for name, (value, _, _) in found.metrics.items()}
 
 
 def evaluate(source: str | Path, data: Any = None, **options: Any) -> dict[str, float]:
@@ -159,7 +175,7 @@ def described(source: str | Path) -> Json:
 
     Raises:  PackageError where there is none, or it is damaged
     """
-    archive = Archive.open(fetched(str(source)) if str(source).startswith(HUB) else Path(source))
+    archive = open_archive(source)
     contract_in(archive)
     kept = (ARCHITECTURE, PREPROCESS, LABELS, METRICS, PROVENANCE, BASE)
     said = {name.removesuffix(".json"): archive.json(name) for name in kept if name in archive.names}
@@ -177,7 +193,7 @@ def verify_package(source: str | Path, *, base: Any = None, trust_code: str | No
 
     Raises:  PackageError naming what is damaged
     """
-    Archive.open(fetched(str(source)) if str(source).startswith(HUB) else Path(source)).verify()
+    open_archive(source).verify()
     return load_package(source, base=base, trust_code=trust_code).identity
 
 
@@ -237,7 +253,7 @@ def _origin_in(source: str | Path, changes: list[str]) -> tuple[Json, TensorTree
         _check_recipe(then, source)
         recipe, base = recorded_recipe(folder, facts, changes)
         return then, parameters_of(folder, saved), recipe, base, facts
-    archive = Archive.open(fetched(str(source)) if str(source).startswith(HUB) else Path(source))
+    archive = open_archive(source)
     if PROVENANCE not in archive.names:
         raise PackageError("this package does not say where it comes from", where=source, got=f"no {PROVENANCE}",
                            expected="one that torchkeep package has made of a run")  # fmt: skip

@@ -43,6 +43,8 @@ from .watch.console import Console
 from .watch.records import last_attempt_start, read_records
 
 RUNS = Path("runs")
+Which = Literal["best", "last"] | int
+"""A checkpoint: the best, the newest, or that of a step."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Run:
         """The identity of the parameters and buffers of a checkpoint."""
         return tensor_sha256(self._checkpoints().model(self._checkpoint(which)))
 
-    def model(self, which: Literal["best", "last"] | int = "best") -> nn.Module:
+    def model(self, which: Which = "best") -> nn.Module:
         """A copy of the model with a checkpoint's parameters (or their moving average), in eval mode."""
         model = copy.deepcopy(self._prepared.work.model)
         release(model)
@@ -100,14 +102,14 @@ class Run:
         return model.eval()
 
     def asked(
-        self, which: Literal["best", "last"] | int = "best", device: str | torch.device | None = None
+        self, which: Which = "best", device: str | torch.device | None = None
     ) -> Asked:  # fmt: skip
         """A copy of the model with a checkpoint's parameters, to be asked with batches."""
         settings = self._recipe.data if self._recipe is not None else None
         return Asked(self.model(which), contract_of(self._prepared, settings), device or self._prepared.device)
 
     def package(
-        self, path: str | Path | None = None, *, which: Literal["best", "last"] | int = "best",
+        self, path: str | Path | None = None, *, which: Which = "best",
         base: str | None = None, folder: bool = False,
     ) -> Path:  # fmt: skip
         """Write a checkpoint's model as a package, NAME.tkp without ``path``; probabilities are calibrated on the
@@ -120,19 +122,15 @@ class Run:
         place = Path(path) if path is not None else Path(self._folder.name + ("" if folder else ".tkp"))
         return write_package(made, place, folder=folder).path
 
-    def evaluate(self, data: Any = None, *, which: Literal["best", "last"] | int = "best") -> dict[str, float]:
+    def evaluate(self, data: Any = None, *, which: Which = "best") -> dict[str, float]:
         """Loss and metrics on any dataset, a path, or (without data) on the test split, else the validation split."""
         split, dataset = self._split(data)
         with self._using(which):
             return self._prepared.measure(dataset, split)
 
-    def predict(self, inputs: Any, *, which: Literal["best", "last"] = "best") -> Iterator[Prediction]:
+    def predict(self, inputs: Any, *, which: Which = "best") -> Iterator[Prediction]:
         """A prediction for each input: files, folders, a table's path, texts, a dataset, or a tensor (N, …)."""
-        prepared, settings = self._prepared, self._recipe.data if self._recipe else None
-        with self._using(which):
-            contract = contract_of(prepared, settings)
-            asked = Asked(prepared.work.model, contract, prepared.device, prepared.binding.call)
-            yield from Predictor(asked, collate=prepared.work.collate).stream(inputs)
+        yield from Predictor(self.asked(which), collate=self._prepared.work.collate).stream(inputs)
 
     def _split(self, data: Any) -> tuple[str, Any]:
         work = self._prepared.work
@@ -155,7 +153,7 @@ class Run:
         return "test", as_dataset(data)
 
     @contextlib.contextmanager
-    def _using(self, which: Literal["best", "last"] | int) -> Iterator[None]:
+    def _using(self, which: Which) -> Iterator[None]:
         """The prepared model with a checkpoint's parameters for a while."""
         with self._prepared.borrowed_model() as model:
             put(model, self._checkpoints(), self._checkpoint(which))
@@ -164,7 +162,7 @@ class Run:
     def _checkpoints(self) -> Checkpoints:
         return checkpoints_of(self._prepared, self._folder)
 
-    def _checkpoint(self, which: Literal["best", "last"] | int) -> Saved:
+    def _checkpoint(self, which: Which) -> Saved:
         checkpoints = self._checkpoints()
         if isinstance(which, int):
             return checkpoints.at(which)

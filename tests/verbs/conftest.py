@@ -234,3 +234,18 @@ def slow(desk: Desk) -> Desk:
     recipe = TABLE.replace('"mlp"\nargs = {hidden = [8]}', '"slow.py:build"').replace("epochs = 2", "epochs = 8")
     desk.write("slow.toml", recipe + "\n[checkpoint]\nevery = 4\n")
     return desk
+
+
+@pytest.fixture
+def images(desk: Desk) -> Desk:
+    """A desk with images and a run on them, runs/images."""
+    desk.write_images()
+    assert desk.say("train", "images.toml", "--quiet").code == 0
+    return desk
+
+
+@pytest.fixture
+def packaged(images: Desk) -> Desk:
+    """The same with the run's package, images.tkp."""
+    assert images.say("package", "runs/images", "-o", "images.tkp").code == 0
+    return images

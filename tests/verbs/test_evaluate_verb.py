@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from torchkeep.model.images import ConvNet
+
 TEXTS = """
 [data]
 train = "texts.csv"
@@ -26,34 +28,26 @@ views = []
 """
 
 
-@pytest.fixture
-def images(desk: Any) -> Any:
-    desk.write_images()
-    assert desk.say("train", "images.toml", "--quiet").code == 0
-    assert desk.say("package", "runs/images", "-o", "images.tkp").code == 0
-    return desk
-
-
-def test_a_package_and_its_run_are_measured_alike(images: Any) -> None:
-    run = json.loads(images.say("evaluate", "runs/images", "valid", "--json").out)
-    package = json.loads(images.say("evaluate", "images.tkp", "valid", "--json").out)
+def test_a_package_and_its_run_are_measured_alike(packaged: Any) -> None:
+    run = json.loads(packaged.say("evaluate", "runs/images", "valid", "--json").out)
+    package = json.loads(packaged.say("evaluate", "images.tkp", "valid", "--json").out)
     assert {"test/loss", "test/accuracy"} <= set(run)
     assert package["test/accuracy"] == run["test/accuracy"]
     low, high = package["intervals"]["accuracy"]
     assert low <= package["test/accuracy"] <= high
-    assert json.loads(images.say("evaluate", "runs/images", "--json").out)["valid/accuracy"] == run["test/accuracy"]
-    said = images.say("evaluate", "images.tkp", "valid")
+    assert json.loads(packaged.say("evaluate", "runs/images", "--json").out)["valid/accuracy"] == run["test/accuracy"]
+    said = packaged.say("evaluate", "images.tkp", "valid")
     assert "95 % interval" in said.out
 
 
-def test_the_report_shows_the_worst_errors_and_needs_nothing_beside_it(images: Any) -> None:
-    said = images.say("evaluate", "images.tkp", "valid", "--html", "report.html")
+def test_the_report_shows_the_worst_errors_and_needs_nothing_beside_it(packaged: Any) -> None:
+    said = packaged.say("evaluate", "images.tkp", "valid", "--html", "report.html")
     assert said.code == 0, said.err
-    page = (images.folder / "report.html").read_text(encoding="utf-8")
+    page = (packaged.folder / "report.html").read_text(encoding="utf-8")
     assert "Confusion" in page
     assert "Calibration" in page
     assert 'src="http' not in page
-    said = images.say("evaluate", "runs/images", "--html", "run.html")
+    said = packaged.say("evaluate", "runs/images", "--html", "run.html")
     assert said.code == 0
     playwright = pytest.importorskip("playwright.sync_api")
     found: list[str] = []
@@ -67,38 +61,38 @@ def test_the_report_shows_the_worst_errors_and_needs_nothing_beside_it(images: A
         shown.on(
             "request", lambda asked: found.append(asked.url) if not asked.url.startswith(("file:", "data:")) else 0
         )
-        shown.goto((images.folder / "report.html").as_uri())
+        shown.goto((packaged.folder / "report.html").as_uri())
         assert shown.locator("h1").inner_text() == "images.tkp, measured"
         assert shown.locator("svg rect").count() > 0
         browser.close()
     assert found == []
 
 
-def test_what_cannot_be_measured_is_said(images: Any) -> None:
+def test_what_cannot_be_measured_is_said(packaged: Any) -> None:
     page = ("images.tkp", "valid", "--html", "nowhere/report.html")
     for words in (("images.tkp",), ("images.tkp", "nowhere"), ("missing.tkp", "valid"), ("runs/none",), page):
-        said = images.say("evaluate", *words)
+        said = packaged.say("evaluate", *words)
         assert said.code == 2, words
         assert "Traceback" not in said.err
-    images.write_image("other/cats/0.png", np.zeros((8, 8, 3)))
-    said = images.say("evaluate", "images.tkp", "other")
+    packaged.write_image("other/cats/0.png", np.zeros((8, 8, 3)))
+    said = packaged.say("evaluate", "images.tkp", "other")
     assert said.code == 2
     assert "cats" in said.err
 
 
-def test_a_sample_that_cannot_be_read_is_named(images: Any) -> None:
-    images.write("valid/ants/7.png", "no image")
-    said = images.say("evaluate", "images.tkp", "valid")
+def test_a_sample_that_cannot_be_read_is_named(packaged: Any) -> None:
+    packaged.write("valid/ants/7.png", "no image")
+    said = packaged.say("evaluate", "images.tkp", "valid")
     assert said.code == 2
     assert "ants/7.png" in said.err
     lenient = ("--set", 'data.on_bad="mask"', "--set", "data.bad_fraction=0.5", "--run-dir", "runs/lenient", "--quiet")
-    assert images.say("train", "images.toml", *lenient).code == 0
-    said = images.say("evaluate", "runs/lenient", "--html", "report.html")
+    assert packaged.say("train", "images.toml", *lenient).code == 0
+    said = packaged.say("evaluate", "runs/lenient", "--html", "report.html")
     assert said.code == 0, said.err
     assert "1 samples cannot be read" in said.out
     assert "ants/7.png" in said.out
-    assert "ants/7.png" in (images.folder / "report.html").read_text(encoding="utf-8")
-    assert json.loads(images.say("evaluate", "runs/lenient", "--json").out)["unanswered"] == 1
+    assert "ants/7.png" in (packaged.folder / "report.html").read_text(encoding="utf-8")
+    assert json.loads(packaged.say("evaluate", "runs/lenient", "--json").out)["unanswered"] == 1
 
 
 def test_tables_and_texts_are_measured_by_their_packages(desk: Any) -> None:
@@ -133,3 +127,19 @@ def test_arrays_are_measured_by_their_package(desk: Any) -> None:
     assert 0 <= json.loads(said.out)["test/accuracy"] <= 1
     desk.write("rows.csv", "a,label\n1,0\n")
     assert ".npz" in desk.say("evaluate", "arrays.tkp", "rows.csv").err
+
+
+def test_a_run_is_measured_in_one_pass(packaged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = ConvNet.forward
+
+    def counted(self: ConvNet, image: Any) -> Any:
+        seen.append(len(image))
+        return real(self, image)
+
+    monkeypatch.setattr(ConvNet, "forward", counted)
+    assert packaged.say("evaluate", "runs/images").code == 0
+    assert seen == [4, *[4] * 3]  # one batch is tried before, then the 12 of the split pass once
+    refused = packaged.say("evaluate", "runs/images", "--workers", 1)
+    assert refused.code == 2
+    assert "torchkeep package" in refused.err

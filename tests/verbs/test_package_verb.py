@@ -33,13 +33,6 @@ def build(num_classes):
 """
 
 
-@pytest.fixture
-def images(desk: Any) -> Any:
-    desk.write_images()
-    assert desk.say("train", "images.toml", "--quiet").code == 0
-    return desk
-
-
 def test_a_run_becomes_one_file_that_gives_the_same_answers(images: Any) -> None:
     said = images.say("package", "runs/images", "-o", "images.tkp")
     assert said.code == 0, said.err

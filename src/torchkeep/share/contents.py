@@ -37,8 +37,7 @@ def contents_of(
     contract = contract_of(prepared, recipe.data if recipe is not None else None)
     loader = prepared.valid or prepared.loader
     example = loader.peek()
-    asked = Asked(model, replace(contract, precision=prepared.precision), prepared.device)
-    contract = replace(contract, calibration=_calibration(prepared, asked))
+    contract = replace(contract, calibration=_calibration(prepared, Asked(model, contract, prepared.device)))
     if callable(contract.inputs):
         model, contract = _Whole(model, contract.inputs), replace(contract, inputs=None)
     epoch = Checkpoints(folder.checkpoints).load_part(saved, "clock")["epoch"]

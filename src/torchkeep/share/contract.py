@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..model.freeze import evaluating
 from ..settings import check
 from ..training.binding import Binding, Inputs, batch_text
-from ..training.device import Mover, autocast, default_device, existing_device, keep_freed_memory
+from ..training.device import Mover, autocast, default_device, existing_device
 from ..training.objective import prediction_of
 from ..training.prepare import Prepared
 
@@ -64,26 +64,20 @@ class Contract:
 class Asked:
     """A model with its contract, on a device: ``asked(batch)`` → the outputs, float32 on the CPU.
 
-    ``call`` replaces the way from a moved batch to the model's output. The model is moved to the device, and its modes
-    and gradients are left as they were.
+    The model is moved to the device, and its modes and gradients are left as they were.
 
     Shapes:  batch as the reader gives it, images uint8 (B, C, H, W) → (B, K), (B,) or what the model gives
     Raises:  ModelError for a batch that the model does not take, showing both; SettingsError for a device that is not
              there
     """
 
-    def __init__(
-        self, model: nn.Module, contract: Contract, device: str | torch.device | None = None,
-        call: Callable[[Batch], Any] | None = None,
-    ):  # fmt: skip
+    def __init__(self, model: nn.Module, contract: Contract, device: str | torch.device | None = None):
         self.contract = contract
         named = existing_device(str(device), f"device = {str(device)!r}") if device is not None else None
         self.device = named or default_device()[0]
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.model = model.to(self.device)
         self.mover = Mover(self.device, contract.schema)
-        self._call = call
+        self._call: Callable[[Batch], Any] | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
         with kept_generators(), evaluating(self.model), gradients.none_needed():

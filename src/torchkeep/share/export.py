@@ -34,7 +34,7 @@ from ..training.objective import prediction_of
 from .architecture import CONFIG, PREPROCESSOR, without_ties
 from .contract import Asked, Contract
 from .exported import free_axes, plainly, quiet
-from .hub import fetched
+from .hub import open_archive
 from .package import Package
 
 _TOLERANCE = 1e-3  # of the largest output: other kernels sum in other orders
@@ -182,7 +182,7 @@ def unpack(source: str | Path, folder: Path) -> Path:
 
     Raises:  PackageError where the package is damaged, or something else is in the folder's place
     """
-    archive = Archive.open(fetched(str(source)) if str(source).startswith(HUB) else Path(source))
+    archive = open_archive(source)
     archive.verify()
     write_archive(folder, {name: archive.read(name) for name in archive.names}, head=archive.head, folder=True)
     return folder

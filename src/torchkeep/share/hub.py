@@ -99,6 +99,14 @@ def fetched(source: str) -> Path:
             return kept[file]
 
 
+def open_archive(source: str | Path) -> Archive:
+    """A package's file or folder, or that of ``hf:USER/NAME``, opened to be read.
+
+    Raises:  PackageError where there is none, or it is damaged
+    """
+    return Archive.open(fetched(str(source)) if str(source).startswith(HUB) else Path(source).expanduser())
+
+
 def _kept(api: Any, repo: str, revision: str | None) -> dict[str, Path]:
     """The packages of a repository that the cache has."""
     try:

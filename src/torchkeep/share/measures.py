@@ -23,7 +23,7 @@ from ..training.metrics import classes_of
 from ..training.objective import IGNORED, classes_are_last
 from ..watch.console import format_number
 from .calibration import bins_of, expected_error
-from .contract import Asked
+from .contract import Asked, Contract
 
 _DRAWS, _MOST_DRAWN = 1000, 10_000
 _NORMAL = 1.959964  # of a standard normal, 95 % lie within
@@ -86,24 +86,58 @@ def measured(
              (arXiv 1706.04599) for calibration
     """
     dataset = as_dataset(data)
-    names = asked.contract.schema.targets or dataset.schema.targets
-    if len(names) != 1 or len(dataset) == 0:
-        raise DataError("there is nothing to measure by", where="evaluate", got=f"{len(dataset)} samples, "
-                        f"targets {', '.join(names) or 'none'}", expected="labelled data with one target")  # fmt: skip
-    kind = asked.contract.schema[names[0]].kind if names[0] in asked.contract.schema else "label"
+    gathered = Gathered(asked.contract, dataset)
     loader = Loader(dataset, batch_size=asked.contract.batch_size, workers="auto" if workers is None else workers,
                     on_bad=on_bad, bad_fraction=bad_fraction)  # fmt: skip
-    lost: dict[int, str] = {}
     with closing(loader):
-        if kind in ("mask", "tokens"):
-            found = _of_positions(asked, loader, names[0], kind, lost)
+        for batch in _readable(loader):
+            gathered.add(batch, asked(batch), _labels(batch, gathered.target))
+    return gathered.measured(loader)
+
+
+class Gathered:
+    """Takes outputs with their labels, a batch at a time, as an evaluation goes on; ``measured`` is what they come to.
+
+    Raises:  DataError for data without labels, or none
+    """
+
+    def __init__(self, contract: Contract, dataset: KeyedDataset):
+        names = contract.schema.targets or dataset.schema.targets
+        if len(names) != 1 or len(dataset) == 0:
+            raise DataError("there is nothing to measure by", where="evaluate", got=f"{len(dataset)} samples, targets "
+                            f"{', '.join(names) or 'none'}", expected="labelled data with one target")  # fmt: skip
+        self.target, self._contract, self._dataset = names[0], contract, dataset
+        kind = contract.schema[self.target].kind if self.target in contract.schema else "label"
+        self._positions = _Positions(contract, kind == "mask") if kind in ("mask", "tokens") else None
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._lost: dict[int, str] = {}
+
+    def add(self, batch: Batch, output: Any, target: Any) -> None:
+        """Take a batch in: output (B, …), target (B, …); what is no tensor is left out."""
+        if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+            return
+        output, target, places = output.detach().float().cpu(), target.cpu(), batch[INDEX].cpu()
+        if self._positions is None:
+            self._parts.append((output, target, places))
         else:
-            parts = [(asked(batch), _labels(batch, names[0]), batch[INDEX]) for batch in _readable(loader)]
-            outputs, labels, places = map(torch.cat, zip(*parts, strict=True))
-            found = _told(asked, dataset, outputs, labels, places, lost)
-    lost |= {index: row.reason for index, row in loader.bad.items()}
-    said = {id_of(dataset, index): lost[index] for index in sorted(lost)[:_MOST_WORST]}
-    return replace(found, num_unanswered=len(lost), unanswered=said)
+            finite = _finite(output, places, self._lost)
+            self._positions.add(output[finite], target[finite])
+
+    def measured(self, loader: Loader) -> Measured:
+        """What they come to; ``loader`` knows what could not be read.
+
+        Raises:  DataError for labels that are not the model's; ModelError for outputs that they do not fit
+        """
+        if self._positions is not None:
+            found = self._positions.measured(bool(self._lost))
+        elif self._parts:
+            outputs, labels, places = map(torch.cat, zip(*self._parts, strict=True))
+            found = _told(self._contract, self._dataset, outputs, labels, places, self._lost)
+        else:
+            raise DataError("there is nothing to measure by", where="evaluate", got="no output with a label")
+        lost = self._lost | {index: row.reason for index, row in loader.bad.items()}
+        said = {id_of(self._dataset, index): lost[index] for index in sorted(lost)[:_MOST_WORST]}
+        return replace(found, num_unanswered=len(lost), unanswered=said)
 
 
 def _readable(loader: Loader) -> Iterator[Batch]:
@@ -137,7 +171,7 @@ def _none_is_finite() -> ModelError:
 
 
 def _told(
-    asked: Asked, dataset: KeyedDataset, outputs: Tensor, labels: Tensor, places: Tensor, lost: dict[int, str]
+    contract: Contract, dataset: KeyedDataset, outputs: Tensor, labels: Tensor, places: Tensor, lost: dict[int, str]
 ) -> Measured:
     if outputs.ndim > 2 or (outputs.ndim == 2 and labels.ndim == 2 and outputs.shape != labels.shape):
         raise ModelError("these outputs are of no kind that is measured", where="evaluate",
@@ -147,8 +181,8 @@ def _told(
     outputs, labels, places = outputs[finite], labels[finite], places[finite]
     if not len(outputs):
         raise _none_is_finite()
-    loss = asked.contract.loss
-    target = asked.contract.target
+    loss = contract.loss
+    target = contract.target
     is_binary = loss == "binary_cross_entropy"
     if (
         (target is not None and target.kind in ("number", "vector"))
@@ -156,19 +190,19 @@ def _told(
         or not (is_binary or outputs.ndim == 2)
     ):
         return _of_numbers(dataset, outputs, labels, places)
-    logits = outputs / asked.contract.temperature
+    logits = outputs / contract.temperature
     if is_binary and logits.ndim == 2 and logits.shape[1] > 1:
-        return _of_several(asked, dataset, logits, labels, places)
+        return _of_several(contract, dataset, logits, labels, places)
     if is_binary or logits.shape[1] == 1:  # one logit: the softmax of 0 and it is its sigmoid
         one = logits.reshape(len(logits))
         logits, labels = torch.stack([torch.zeros_like(one), one], 1), labels.reshape(len(one))
-    return _of_classes(asked, dataset, logits, labels, places)
+    return _of_classes(contract, dataset, logits, labels, places)
 
 
 # --- classes
 
 
-def _of_classes(asked: Asked, dataset: KeyedDataset, logits: Tensor, labels: Tensor, places: Tensor) -> Measured:
+def _of_classes(contract: Contract, dataset: KeyedDataset, logits: Tensor, labels: Tensor, places: Tensor) -> Measured:
     if labels.is_floating_point() and labels.ndim == 2:
         labels = labels.argmax(1)
     kept = labels != IGNORED
@@ -194,9 +228,9 @@ def _of_classes(asked: Asked, dataset: KeyedDataset, logits: Tensor, labels: Ten
     yes = labels[:, None] == torch.arange(num)
     metrics |= _area(*((p[:, 1:], yes[:, 1:]) if num == 2 else (p, yes)))
     wrong = torch.where(right, -1.0, sure).topk(min(_MOST_WORST, int((~right).sum()))).indices.tolist()
-    classes, calibration = _classes(asked, num), asked.contract.calibration
+    classes, calibration = _classes(contract, num), contract.calibration
     if calibration:
-        plain, _ = (logits * asked.contract.temperature).softmax(1).max(1)
+        plain, _ = (logits * contract.temperature).softmax(1).max(1)
         calibration = {**calibration, "ece_here_before": expected_error(plain, right), "ece_here_after": gap}
     worst = [Worst(int(places[i]), id_of(dataset, int(places[i])), classes[int(labels[i])], classes[int(answers[i])],
                    float(sure[i])) for i in wrong]  # fmt: skip
@@ -204,8 +238,8 @@ def _of_classes(asked: Asked, dataset: KeyedDataset, logits: Tensor, labels: Ten
                     calibration)  # fmt: skip
 
 
-def _classes(asked: Asked, num: int) -> list[str]:
-    named = asked.contract.classes
+def _classes(contract: Contract, num: int) -> list[str]:
+    named = contract.classes
     return [named[i] if i < len(named) else str(i) for i in range(num)]
 
 
@@ -293,7 +327,7 @@ def _ranks(values: Array) -> Array:
 # --- several labels, numbers, positions
 
 
-def _of_several(asked: Asked, dataset: KeyedDataset, logits: Tensor, labels: Tensor, places: Tensor) -> Measured:
+def _of_several(contract: Contract, dataset: KeyedDataset, logits: Tensor, labels: Tensor, places: Tensor) -> Measured:
     p, true = logits.double().sigmoid(), labels > 0.5
     said = p > 0.5
     whole = (said == true).all(1)
@@ -307,14 +341,14 @@ def _of_several(asked: Asked, dataset: KeyedDataset, logits: Tensor, labels: Ten
     f1 = 2 * hits.sum(0) / sides.sum(0).clamp(min=1)
     pulls = ((2 * hits - f1 * sides) / sides.mean(0).clamp(min=1 / len(p))).mean(1)
     metrics |= {"f1": _pulled(float(f1.mean()), pulls.numpy()), "calibration_error": (gap, gap, gap), **_area(p, true)}
-    classes = _classes(asked, p.shape[1])
+    classes = _classes(contract, p.shape[1])
     slips = torch.where(said == true, 0.0, torch.maximum(p, 1 - p)).amax(1)  # how sure the surest of them is
     wrong = slips.topk(min(_MOST_WORST, int((~whole).sum()))).indices.tolist()
     worst = [Worst(int(places[i]), id_of(dataset, int(places[i])), _joined(true[i], classes), _joined(said[i], classes),
                    float(slips[i])) for i in wrong]  # fmt: skip
     each = [_each(_pairs(said[:, k], true[:, k]))[1] for k in range(p.shape[1])]
     return Measured(len(p), metrics, tuple(classes), each, [], bins_of(sure, right), worst,
-                    asked.contract.calibration)  # fmt: skip
+                    contract.calibration)  # fmt: skip
 
 
 def _pairs(said: Tensor, true: Tensor) -> Array:
@@ -356,41 +390,46 @@ def _row(values: Array) -> str:
     return ", ".join(map(format_number, values[:4].tolist())) + (", …" if len(values) > 4 else "")
 
 
-def _of_positions(asked: Asked, loader: Loader, name: str, kind: str, lost: dict[int, str]) -> Measured:
+class _Positions:
     """Masks and next tokens: each pixel or token counts; the samples, which they are not, are drawn again."""
-    parts = []
-    counts: Tensor | None = None
-    for batch in _readable(loader):
-        output, label = asked(batch) / asked.contract.temperature, _labels(batch, name)
-        finite = _finite(output, batch[INDEX], lost)
-        output, label = output[finite], label[finite]
+
+    def __init__(self, contract: Contract, is_mask: bool):
+        self._contract, self._is_mask = contract, is_mask
+        self._parts: list[Tensor] = []
+        self._counts: Tensor | None = None
+
+    def add(self, output: Tensor, label: Tensor) -> None:
+        output = output / self._contract.temperature
         found, true = classes_of(output, label)
-        kept = (true != IGNORED) & (true != _MASK_IGNORED if kind == "mask" else true >= 0)
+        kept = (true != IGNORED) & (true != _MASK_IGNORED if self._is_mask else true >= 0)
         is_one = output.ndim == true.ndim or output.shape[1] == 1
         num = 2 if is_one else output.shape[2 if classes_are_last(output, true) else 1]
         if kept.any():
             _check_classes(true[kept], num)
         costs = _costs(output, true.where(kept, IGNORED).long(), is_one)
         sums = torch.stack([(found == true).double() * kept, costs.double() * kept, kept.double()])
-        parts.append(sums.flatten(2).sum(2).T)
-        if kind == "mask":
+        self._parts.append(sums.flatten(2).sum(2).T)
+        if self._is_mask:
             more = torch.bincount(true[kept].long() * num + found[kept], minlength=num * num).reshape(num, num)
-            counts = more if counts is None else counts + more
-    columns = torch.cat(parts).numpy()
-    columns = columns[columns[:, 2] > 0]
-    if not len(columns):
-        raise _none_is_finite() if lost else DataError(
-            "there is nothing to measure by", where="evaluate", got="no position with a class")  # fmt: skip
-    rows = _redrawn(columns)
-    metrics = {"accuracy": _ends(rows[:, 0] / rows[:, 2]), "log_loss": _ends(rows[:, 1] / rows[:, 2])}
-    if counts is None:
-        metrics["perplexity"] = _ends(np.exp(rows[:, 1] / rows[:, 2]))
-        return Measured(len(columns), metrics)
-    table = counts.numpy()
-    union = table.sum(0) + table.sum(1) - table.diagonal()
-    iou = float((table.diagonal()[union > 0] / union[union > 0]).mean())
-    metrics["mean_iou"] = (iou, iou, iou)
-    return Measured(len(columns), metrics, tuple(_classes(asked, len(table))), _each(table), table.tolist())
+            self._counts = more if self._counts is None else self._counts + more
+
+    def measured(self, has_lost: bool) -> Measured:
+        columns = torch.cat(self._parts).numpy() if self._parts else np.empty((0, 3))
+        columns = columns[columns[:, 2] > 0]
+        if not len(columns):
+            raise _none_is_finite() if has_lost else DataError(
+                "there is nothing to measure by", where="evaluate", got="no position with a class")  # fmt: skip
+        rows = _redrawn(columns)
+        metrics = {"accuracy": _ends(rows[:, 0] / rows[:, 2]), "log_loss": _ends(rows[:, 1] / rows[:, 2])}
+        if self._counts is None:
+            metrics["perplexity"] = _ends(np.exp(rows[:, 1] / rows[:, 2]))
+            return Measured(len(columns), metrics)
+        table = self._counts.numpy()
+        union = table.sum(0) + table.sum(1) - table.diagonal()
+        iou = float((table.diagonal()[union > 0] / union[union > 0]).mean())
+        metrics["mean_iou"] = (iou, iou, iou)
+        classes = tuple(_classes(self._contract, len(table)))
+        return Measured(len(columns), metrics, classes, _each(table), table.tolist())
 
 
 def _costs(output: Tensor, true: Tensor, is_one: bool) -> Tensor:

@@ -37,11 +37,13 @@ from ..model.hub import HUB
 from ..model.weights import tensors_of
 from ..settings import Settings, check
 from ..tensors import tensor_sha256, to_json, to_safetensors
+from ..training.device import keep_freed_memory
 from ..usercode import is_reference, read_reference
 from .architecture import built, coded, files_of, without_ties
 from .card import model_card
 from .contract import Asked, Contract
 from .graph import DTYPES, GraphModel
+from .hub import open_archive
 
 ARCHITECTURE, PREPROCESS, LABELS = "architecture.json", "preprocess.json", "labels.json"
 METRICS, PROVENANCE, SELFTEST, BASE = "metrics.json", "provenance.json", "selftest.safetensors", "base.json"
@@ -50,7 +52,7 @@ _READING = "reading/"  # files that reading inputs takes, such as a tokenizer's
 _NAMES = {ARCHITECTURE, PARAMETERS, PREPROCESS, LABELS, METRICS, PROVENANCE, SELFTEST, CARD, BASE, _READING + TOKENIZER}
 
 _INPUT, _OUTPUT = "input", "output"
-_EXAMPLES, _TOKENS, _LARGE = 2, 16, 1 << 16  # samples, tokens of each; numbers of one of which there is but one
+_EXAMPLES, _TOKENS, _LARGE = 2, 8, 1 << 16  # samples, tokens of each; numbers of one of which there is but one
 _MOST_SAMPLES, _MOST_ASKED, _MOST_NESTED = 16, 1 << 26, 8  # of a self-test: samples, numbers, dicts in one another
 _MOST_IN_BATCH = 1 << 31  # numbers
 _ROOM, _GROWTH, _MOST_NUMBERS = 1 << 26, 1 << 6, 1 << 29  # in one tensor: always, for each one that is there, at all
@@ -130,7 +132,10 @@ class Package:
     @cached_property
     def asked(self) -> Asked:
         """The model to be asked with batches, on the device that was named, else the best there is."""
-        return Asked(self.model, self.contract, self._device)
+        asked = Asked(self.model, self.contract, self._device)
+        if asked.device.type == "cpu":
+            keep_freed_memory()
+        return asked
 
     def _optional(self, name: str) -> Json:
         return self._archive.json(name) if name in self._archive.names else {}
@@ -146,11 +151,7 @@ def load_package(
 
     Raises:  PackageError for whatever is damaged, hostile or does not fit; UntrustedCodeError for code without its hash
     """
-    if str(source).startswith(HUB):
-        from .hub import fetched
-
-        source = fetched(str(source))
-    archive = Archive.open(Path(source).expanduser())
+    archive = open_archive(source)
     contract = contract_in(archive, device)
     tensors = archive.tensors(PARAMETERS)
     if BASE in archive.names:

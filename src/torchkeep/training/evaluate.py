@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,13 @@ from .device import Mover, autocast
 from .metrics import Adapted, Metric
 from .objective import Objective, prediction_of
 from .optim import Average
-from .seen import Seen
 from .step import Stepper, UserStep, split_logged
+
+
+class Gathers(Protocol):
+    """What looks at each batch of an evaluation beside the metrics."""
+
+    def add(self, batch: Batch, output: Any, target: Any) -> None: ...
 
 
 class Evaluation:
@@ -38,7 +43,7 @@ class Evaluation:
         self._metrics, self._precision, self.average = metrics, precision, average
         self._user_step, self._stepper = user_step, stepper
 
-    def __call__(self, loader: Loader, split: str, seen: Seen | None = None) -> dict[str, float]:
+    def __call__(self, loader: Loader, split: str, seen: Gathers | None = None) -> dict[str, float]:
         """Loss and metrics of a split. ``seen`` gathers what is to be shown of it."""
         self._seen = seen
         loader.rewind()
@@ -72,7 +77,7 @@ class Evaluation:
         self._note(batch, prediction_of(output), target)
         return loss, self._objective.count(target, size)
 
-    _seen: Seen | None = None
+    _seen: Gathers | None = None
 
     def _note(self, batch: Batch, output: Any, target: Any) -> None:
         for metric in self._metrics:

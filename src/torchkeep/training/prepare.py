@@ -294,17 +294,15 @@ class Prepared:
     prefix: Prefix | None = None
 
     def evaluation_loader(self, data: KeyedDataset) -> Loader:
-        """A loader over a split, in order."""
-        return self._loader(data)
+        """A loader over a split, in order, whose batches are on their way to the device."""
+        loader = self._loader(data)
+        self._send(loader)
+        return loader
 
     def measure(self, data: KeyedDataset, split: str) -> dict[str, float]:
         """Loss and metrics of the model as it is now, on any data of the same form."""
-        loader = self.evaluation_loader(data)
-        self._send(loader)
-        try:
+        with contextlib.closing(self.evaluation_loader(data)) as loader:
             return self.evaluation(loader, split)
-        finally:
-            loader.close()
 
     @contextlib.contextmanager
     def borrowed_model(self) -> Iterator[nn.Module]:

@@ -58,7 +58,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_nothing_of_the_machine_is_said(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [
         "/usr/local/bin/torchkeep",
-        f"{tmp_path}/work/net.toml",
+        f"{tmp_path}/desk/net.toml",
         f"--run-dir={tmp_path}/x",
         "--mirror=D:\\annabel7\\copies",
     ]

@@ -11,6 +11,7 @@ from html import escape
 
 import orjson
 
+from ..errors import printable
 from .comparing import Comparison, Difference, Points, cell_text, parting_text
 from .console import format_number, format_seconds
 from .index import plain_text
@@ -153,10 +154,8 @@ def style_hash(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """A text as HTML: nothing in it is markup, and no sign rules a terminal."""
-    return escape(
-        "".join(sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in text)
-    )
+    """A text as HTML: nothing in it is markup, and no sign turns its lines around."""
+    return escape(printable(text))
 
 
 def _key(text: str) -> str:

@@ -17,6 +17,7 @@ READING_ORDER = [
     "packages",
     "contracts",
     "chance",
+    "generators",
     "gradients",
     "files",
     "tensors",

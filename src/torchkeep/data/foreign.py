@@ -23,9 +23,9 @@ from torch.utils.data import Dataset, TensorDataset
 from ..chance import ChanceKey, keyed_seed
 from ..contracts import Batch, KeyedDataset, Sample
 from ..errors import BadSampleError, DataError
+from ..generators import generator_states, kept_generators, restore, same_states, seed_all
 from .arrays import Arrays
 from .dataset import Filling
-from .generators import generator_states, kept_generators, restore, same_states, seed_all
 from .samples import absorb, digest_of, named_sample, schema_of, stack, user_line
 from .streams import Stream, is_stream
 

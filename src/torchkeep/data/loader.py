@@ -25,10 +25,10 @@ from torch import Tensor
 from ..chance import ChanceKey
 from ..contracts import INDEX, VALID, Batch, KeyedDataset
 from ..errors import CheckpointError, DataError, SettingsError
+from ..generators import kept_generators
 from .cache import CachePlan, Wanted, with_cache
 from .dataset import Indices, whole
 from .foreign import Probe, as_dataset
-from .generators import kept_generators
 from .order import Order, bucketed_order, plain_order, running_weights, sampled_order, shuffled_order, weighted_order
 from .reading import Bad, Collate, OnBad, Read, Source, Task, collated, foreign_of
 from .samples import stack

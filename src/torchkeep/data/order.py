@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..chance import ChanceKey, epoch_order, keyed_bits, keyed_seed, weighted_positions
 from ..errors import SettingsError
+from ..generators import keyed_generators
 from .dataset import Indices
-from .generators import keyed_generators
 
 Order = Callable[[int, int], Indices]
 """Positions [start, stop) of an epoch → the numbers of their samples."""

@@ -19,9 +19,9 @@ from torch import Tensor
 from ..chance import ChanceKey, keyed_bits, keyed_seed
 from ..contracts import INDEX, VALID, Batch, KeyedDataset
 from ..errors import BadSampleError, DataError
+from ..generators import keyed_generators
 from .dataset import Filling, Indices, KeyedData, id_of, in_whole, whole
 from .foreign import Foreign
-from .generators import keyed_generators
 
 Collate = Callable[[list[Any]], Any]
 OnBad = Literal["raise", "substitute", "mask"]

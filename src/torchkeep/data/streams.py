@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from ..chance import ChanceKey, keyed_seed, keyed_uniform
 from ..contracts import Batch, Sample
 from ..errors import BadSampleError, DataError
-from .generators import borrowed_generators, kept_generators
+from ..generators import borrowed_generators, kept_generators
 from .samples import absorb, named_sample, schema_of
 
 PROMISE = "a stream: a resume reads the epoch again up to its place, and is exact if the stream repeats itself"

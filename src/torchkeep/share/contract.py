@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .. import gradients
 from ..contracts import Batch, Field, Json, Schema
-from ..data.generators import kept_generators
 from ..data.readers import Reader
 from ..data.sources import DataSettings
 from ..errors import ModelError
+from ..generators import kept_generators
 from ..model.freeze import evaluating
 from ..settings import check
 from ..training.binding import Binding, Inputs, batch_text

@@ -21,10 +21,10 @@ from torch.export import Dim
 from .. import __version__, gradients
 from ..archive import Archive, write_archive
 from ..contracts import Batch
-from ..data.generators import kept_generators
 from ..data.readers import reader_to_json
 from ..errors import ModelError, SettingsError, TorchkeepError
 from ..files import DurableFolder, write_durable
+from ..generators import kept_generators
 from ..model.freeze import evaluating
 from ..model.hub import HUB, open_model
 from ..packages import package_of

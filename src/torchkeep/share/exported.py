@@ -19,8 +19,8 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 from ..contracts import Json, TensorTree
-from ..data.generators import kept_generators
 from ..errors import ModelError
+from ..generators import kept_generators
 from ..model.freeze import evaluating
 from .graph import DTYPE, DTYPES, FLOAT, FORMAT, INPUT, LEAF, MAX_TEXT, NODE, TENSOR, GraphModel, from_tree
 from .operations import ITEM, NAMES, SIZE_MATHS, Operation, find_operation

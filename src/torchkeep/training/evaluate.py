@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import gradients
 from ..contracts import INDEX, Batch
-from ..data.generators import kept_generators
 from ..data.loader import Loader
 from ..errors import LabelError
+from ..generators import kept_generators
 from ..model.freeze import evaluating
 from .binding import Binding
 from .device import Mover, autocast

@@ -22,9 +22,9 @@ from .. import gradients, store
 from ..contracts import INDEX, VALID, Batch, Json, KeyedDataset
 from ..data.cache import cache_folder, room_bytes
 from ..data.dataset import Part, whole
-from ..data.generators import kept_generators
 from ..data.loader import Loader
 from ..errors import DataError, ModelError
+from ..generators import kept_generators
 from ..model.flow import patched
 from ..model.folding import Forwards, find_folds
 from ..model.freeze import begin_training, evaluating, learning

@@ -16,13 +16,13 @@ from ..contracts import Batch, Clock, Json, KeyedDataset, Schema
 from ..data.arrays import Arrays
 from ..data.cache import Wanted
 from ..data.dataset import Part, whole
-from ..data.generators import kept_generators
 from ..data.images import Images
 from ..data.loader import Backend, Loader
 from ..data.reading import OnBad, foreign_of
 from ..data.sources import described
 from ..data.streams import PROMISE, Stream
 from ..errors import ModelError, SettingsError
+from ..generators import kept_generators
 from ..keep.checkpoint import Checkpoints
 from ..keep.stopping import EarlyStopping, Mode, better_mode
 from ..model.build import Built

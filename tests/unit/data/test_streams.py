@@ -18,9 +18,9 @@ from torch.utils.data import IterableDataset
 import torchkeep as tk
 from torchkeep.chance import ChanceKey
 from torchkeep.data.foreign import as_dataset
-from torchkeep.data.generators import generator_states, same_states
 from torchkeep.data.streams import Stream
 from torchkeep.errors import BadSampleError, DataError, SettingsError
+from torchkeep.generators import generator_states, same_states
 
 SIZE = 23
 

@@ -14,12 +14,15 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def kept_generators() -> Iterator[None]:
-    """Leave torch's, NumPy's and Python's global generators as they were."""
+    """Leave torch's, NumPy's and Python's global generators as they were, those of GPUs in use too."""
     before = generator_states()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         restore(before)
+        for number, state in enumerate(devices):
+            torch.cuda.set_rng_state(state, number)
 
 
 def borrowed_generators(seed: int) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import fit, inspect, open_run, resume, train
+    from .api import fit, inspect, open_run, preflight, resume, train
     from .data.arrays import Arrays
     from .data.audio import AudioFolder, AudioTable
     from .data.dataset import Part
@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "BestPoint": "running", "Run": "running", "evaluate": "handing", "evaluation": "handing",
-    "fit": "api", "inspect": "api", "open_run": "api",
+    "fit": "api", "inspect": "api", "open_run": "api", "preflight": "api",
     "predict": "handing", "reproduce": "handing", "resume": "api", "train": "api",
     "Package": "share.package", "Predictor": "share.predict", "load_package": "share.package", "package": "handing",
     "save_package": "share.package",
@@ -69,8 +69,8 @@ __all__ = [
     "HubDataset", "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Monitor", "Package",
     "Part", "Predictor", "PreemptedError", "Run", "Stream", "SummaryWriter", "Table", "TextBlocks", "TextFolder",
     "TextTable", "TorchkeepError", "compare", "evaluate", "evaluation", "fine_tune", "fit", "generator_states",
-    "inspect", "load_package", "load_weights", "open_run", "package", "predict", "read_run", "reproduce", "resume",
-    "runs", "save_package", "set_generator_states", "split", "survey", "sync", "train",
+    "inspect", "load_package", "load_weights", "open_run", "package", "predict", "preflight", "read_run", "reproduce",
+    "resume", "runs", "save_package", "set_generator_states", "split", "survey", "sync", "train",
 ]  # fmt: skip
 
 

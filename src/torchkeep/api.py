@@ -6,6 +6,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from .errors import RunFolderError, SettingsError
 from .folder import open_run_folder
 from .keep.checkpoint import Checkpoints, Row
 from .model.describe import ModuleRow, describe
+from .model.freeze import release
 from .running import (
     Run,
     execute,
@@ -35,10 +37,14 @@ from .running import (
 from .settings import check
 from .training.decisions import Decisions
 from .training.prefix import GAIN
-from .training.prepare import Feeding, Prepared, Work, describe_object
+from .training.preflight import Level
+from .training.preflight import preflight as look_over
+from .training.prepare import Prepared
 from .training.recipe import RunSettings, read_recipe
 from .training.replay import Replay, replay
 from .training.resuming import check_data
+from .training.subject import Finding
+from .training.work import Feeding, Work, describe_object
 from .usercode import load_function
 from .watch.console import Console
 from .watch.records import Record, dump_record, read_records
@@ -56,6 +62,7 @@ def train(
     resume: Resume = "no",
     mirror: str | Path | None = None,
     allow_change: Sequence[str] = (),
+    preflight: Level = "quick",
     on_record: OnRecord = (),
     log: Log = "text",
     quiet: bool = False,
@@ -64,11 +71,13 @@ def train(
 
     ``set`` overrides keys, ``["train.epochs=3"]``. ``resume="auto"`` goes on where the newest run of this name ended.
     ``mirror`` is a folder on another disk to which checkpoints are copied, and where a run that is lost here is found.
-    ``allow_change=["data"]`` goes on with other data. ``on_record`` are called with each record, on a thread of their
+    ``allow_change=["data"]`` goes on with other data. ``preflight``: how closely a new run is looked over before it
+    begins, "quick", "full" or "off". ``on_record`` are called with each record, on a thread of their
     own; ``log="json"`` prints the records as lines of JSON, and everything else to standard error.
 
     Raises:  SettingsError, DataError, ModelError before anything is written; Interrupted, PreemptedError after saving
     """
+    _check_level(preflight)
     read, base = read_recipe(recipe, list(set))
     console, told = _outlets(quiet, log, on_record)
     with contextlib.closing(console):
@@ -79,7 +88,9 @@ def train(
             work.on_record = told
             facts = {"recipe": read.model_dump(mode="json"), "base": str(base), "code_files": code, **loaded(work)}
             place = place_of(read.name, run_dir)
-            return execute(work, facts, read, base, place, found, lock, console, mirror, allow_change)
+            return execute(
+                work, facts, read, base, place, found, lock, console, mirror, allow_change, level=preflight
+            )  # fmt: skip
 
 
 def fit(
@@ -115,6 +126,7 @@ def fit(
     early_stopping: dict[str, Any] | None = None,
     monitor: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    preflight: Level = "quick",
     on_record: OnRecord = (),
     quiet: bool = False,
 ) -> Run:
@@ -125,51 +137,95 @@ def fit(
     scheduler object, a function optimiser → scheduler, or a function (step, total_steps) → factor.
     ``step(model, batch, context)`` → ``{"loss": …, anything to log}`` replaces binding and loss. ``freeze`` says what
     stays as it is: ``{"modules": ["features"]}``. ``settings`` takes further sections as a recipe has them:
-    ``{"train": {"clip_norm": 1.0}}``. ``on_record`` are called with each record, on a thread of their own.
+    ``{"train": {"clip_norm": 1.0}}``. ``preflight``: how closely a new run is looked over before it begins, "quick",
+    "full" or "off". ``on_record`` are called with each record, on a thread of their own.
 
     The model is trained in place and keeps its last parameters; ``run.model()`` is a copy with the best ones. ``seed``
     keys order, augmentation and dropout; the first weights are the model's own: seed torch before it is made.
 
     Raises:  SettingsError, DataError, ModelError before anything is written; Interrupted, PreemptedError after saving
     """
-    _check_objects(model, loss=loss, optimizer=optimizer, step=step)
-    data = _sections(settings or {}, seed, name or (Path(run_dir).name if run_dir else type(model).__name__.lower()))
-    _merge(data, "train", {"epochs": epochs, "loss": loss if isinstance(loss, str) else None})
-    if freeze is not None:
-        _merge(data, "freeze", freeze)
-    _merge(data, "checkpoint", checkpoint or {})
-    _merge(data, "early_stopping", early_stopping or {})
-    _merge(data, "monitor", monitor or {})
-    own_optimizer = optimizer is not None and not isinstance(optimizer, str)
-    if own_optimizer and learning_rate is not None:
-        raise SettingsError(
-            "the learning rate is given twice", where="tk.fit", got="optimizer= and learning_rate=",
-            expected="one of them",
-        )  # fmt: skip
-    _merge(data, "optimizer", {"name": None if own_optimizer else optimizer, "learning_rate": learning_rate})
-    _merge(data, "optimizer", {"schedule": schedule if isinstance(schedule, str) else None})
-    checked = check(RunSettings, data, "tk.fit")
+    work = _work_of_objects(dict(locals()))
+    checked, place = work.settings, place_of(work.settings.name, run_dir)
+    objects = {"model": model, "train": train, "loss": loss, "optimizer": optimizer, "schedule": schedule,
+               "step": step, "collate": collate}  # fmt: skip
+    facts = {
+        "recipe": None,
+        "settings": checked.model_dump(mode="json"),
+        "objects": {key: describe_object(value) for key, value in objects.items()},
+        "batch_size": batch_size,
+    }
     console = Console(quiet)
     with contextlib.closing(console):
         found = find_run(checked.name, run_dir, mirror, console) if _goes_on(resume) else None
         lock = taken(found.path, console) if found else None
         with released(lock):
-            metrics = [metrics] if isinstance(metrics, str) else metrics
-            work = Work(
-                checked, model, as_dataset(train), as_dataset(valid) if valid is not None else None,
-                as_dataset(test) if test is not None else None, batch_size, Feeding(workers, last, cache, on_bad), loss,
-                metrics, optimizer, schedule, schedule_every, step, inputs, targets, collate, on_record=on_record,
+            return execute(
+                work, facts, None, Path.cwd(), place, found, lock, console, mirror, allow_change, level=preflight
             )  # fmt: skip
-            objects = {"model": model, "train": train, "loss": loss, "optimizer": optimizer, "schedule": schedule,
-                       "step": step, "collate": collate}  # fmt: skip
-            facts = {
-                "recipe": None,
-                "settings": checked.model_dump(mode="json"),
-                "objects": {key: describe_object(value) for key, value in objects.items()},
-                "batch_size": batch_size,
-            }
-            place = place_of(checked.name, run_dir)
-            return execute(work, facts, None, Path.cwd(), place, found, lock, console, mirror, allow_change)
+
+
+def _work_of_objects(given: dict[str, Any]) -> Work:
+    """What the arguments of ``fit`` ask for, by their names.
+
+    Raises:  SettingsError for what contradicts itself, DataError for data that cannot be read
+    """
+    model, loss, optimizer, run_dir = (given[name] for name in ("model", "loss", "optimizer", "run_dir"))
+    _check_level(given["preflight"])
+    _check_objects(model, loss=loss, optimizer=optimizer, step=given["step"])
+    named = given["name"] or (Path(run_dir).name if run_dir else type(model).__name__.lower())
+    data = {"seed": given["seed"], "name": named, **copy.deepcopy(given["settings"] or {})}
+    _merge(data, "train", {"epochs": given["epochs"], "loss": loss if isinstance(loss, str) else None})
+    if given["freeze"] is not None:
+        _merge(data, "freeze", given["freeze"])
+    for section in ("checkpoint", "early_stopping", "monitor"):
+        _merge(data, section, given[section] or {})
+    own_optimizer = optimizer is not None and not isinstance(optimizer, str)
+    if own_optimizer and given["learning_rate"] is not None:
+        raise SettingsError(
+            "the learning rate is given twice", where="tk.fit", got="optimizer= and learning_rate=",
+            expected="one of them",
+        )  # fmt: skip
+    schedule = given["schedule"]
+    _merge(data, "optimizer", {"name": None if own_optimizer else optimizer, "learning_rate": given["learning_rate"]})
+    _merge(data, "optimizer", {"schedule": schedule if isinstance(schedule, str) else None})
+    splits: dict[str, Any] = {name: as_dataset(given[name]) for name in ("valid", "test") if given[name] is not None}
+    metrics = given["metrics"]
+    same = {name: given[name] for name in ("batch_size", "loss", "optimizer", "schedule", "schedule_every", "step",
+                                           "inputs", "targets", "collate", "on_record")}  # fmt: skip
+    return Work(
+        check(RunSettings, data, "tk.fit"), model, as_dataset(given["train"]), **splits, **same,
+        metrics=[metrics] if isinstance(metrics, str) else metrics,
+        feeding=Feeding(given["workers"], given["last"], given["cache"], given["on_bad"]),
+    )  # fmt: skip
+
+
+def preflight(
+    source: Any, train: Any = None, valid: Any = None, *, level: Literal["quick", "full"] = "full",
+    set: Sequence[str] = (), **options: Any,
+) -> list[Finding]:  # fmt: skip
+    """Look a training over without training: a recipe (a TOML file or a dict), or a module as ``fit`` takes it.
+
+    ``options`` are the keywords of ``fit``. What mostly is a mistake has the verdict "warning", what lets nothing be
+    learned "error". The model is as it was afterwards, bit for bit.
+
+    Raises:  SettingsError, DataError or ModelError for what could not even begin
+    """
+    _check_level(level, ("quick", "full"))
+    if isinstance(source, nn.Module):
+        bound = signature(fit).bind(source, train, valid, **options)
+        bound.apply_defaults()
+        work, place = _work_of_objects(dict(bound.arguments)), options.get("run_dir")
+    else:
+        read, base = read_recipe(source, list(set))
+        work = work_of(read, base, load_function)[0]
+        place = place_of(read.name, options.get("run_dir"))
+    try:
+        with contextlib.closing(Prepared(work, Decisions())) as prepared:
+            return list(look_over(prepared, level, Path(place) if place is not None else None).findings)
+    finally:
+        if work.settings.freeze is not None:
+            release(work.model)
 
 
 def resume(
@@ -277,10 +333,6 @@ def _print_json(record: Record) -> None:
     sys.stdout.flush()
 
 
-def _sections(settings: dict[str, Any], seed: int, name: str) -> dict[str, Any]:
-    return {"seed": seed, "name": name, **copy.deepcopy(settings)}
-
-
 def _merge(data: dict[str, Any], section: str, values: dict[str, Any]) -> None:
     given = {key: value for key, value in values.items() if value is not None}
     data.setdefault(section, {}).update(given)
@@ -290,6 +342,11 @@ def _goes_on(resume: Resume) -> bool:
     if resume not in ("no", "auto", True, False):
         raise SettingsError("this is no way to resume", where="resume", got=repr(resume), expected='"no" or "auto"')
     return resume in ("auto", True)
+
+
+def _check_level(level: Any, known: Sequence[str] = ("quick", "full", "off")) -> None:
+    if level not in known:
+        raise SettingsError("there is no such preflight", where="preflight", got=repr(level), expected=", ".join(known))
 
 
 def _check_objects(model: Any, **given: Any) -> None:

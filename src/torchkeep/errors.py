@@ -59,6 +59,10 @@ class ModelError(TorchkeepError):
     """A model that cannot be built or does not fit the data or the loss."""
 
 
+class PreflightError(ModelError):
+    """A training of which preflight says that nothing can be learned."""
+
+
 class UntrustedCodeError(ModelError):
     """Code named by a run's folder that this machine has not seen before."""
 

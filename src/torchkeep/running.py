@@ -34,10 +34,12 @@ from .tensors import tensor_sha256
 from .training.attempt import attempt, checkpoints_of, put
 from .training.decisions import Decisions
 from .training.loop import load_model
-from .training.prepare import Feeding, Prepared, Work, source_folder
+from .training.preflight import Level, preflight, refuse_errors, show_report
+from .training.prepare import Prepared
 from .training.provenance import code_state, command, environment
 from .training.recipe import Recipe, recipe_from_json
 from .training.resuming import Changes, changes_since
+from .training.work import Feeding, Work, source_folder
 from .usercode import CodeReference, check_trusted, load_function, read_reference
 from .watch.console import Console
 from .watch.records import last_attempt_start, read_records
@@ -334,12 +336,27 @@ def _frozen_epoch(prepared: Prepared, found: RunFolder) -> int:
     return int(checkpoints.load_part(saved, "clock")["epoch"])
 
 
+def _looked_over(prepared: Prepared, level: Level, place: Path | None, console: Console) -> Json:
+    """What preflight found, said.
+
+    Raises:  PreflightError where nothing can be learned
+    """
+    try:
+        report = preflight(prepared, level, place)
+        show_report(console, report)
+        refuse_errors(report.findings)
+    except BaseException:
+        prepared.close()
+        raise
+    return report.to_json()
+
+
 def execute(
     work: Work, facts: Json, recipe: Recipe | None, base: Path, place: Path | None, found: RunFolder | None,
     lock: FolderLock | None, console: Console, mirror: str | Path | None, allow_change: Sequence[str] = (),
-    decided: list[Json] | None = None, until: int | None = None,
+    decided: list[Json] | None = None, until: int | None = None, level: Level = "off",
 ) -> Run:  # fmt: skip
-    """Prepare, open or make the folder, train, and say how it ended.
+    """Prepare, look over (a new run only), open or make the folder, train, and say how it ended.
 
     ``decided`` are another run's decisions, taken by a new one in place of its own. It ends after step ``until``, on
     the course of one that goes on.
@@ -356,6 +373,8 @@ def execute(
         raise
     if until is not None:  # only now: schedules and the frozen part are planned for the whole course
         prepared.total_steps = min(prepared.total_steps, until)
+    if found is None and level != "off":
+        facts = {**facts, "preflight": _looked_over(prepared, level, place, console)}
     work.resolved = facts.get("recipe") or facts.get("settings")
     changes = Changes()
     if found is not None and recorded is not None:

@@ -31,9 +31,10 @@ from .settings import check, override
 from .training.attempt import checkpoints_of
 from .training.binding import FEATURE
 from .training.decisions import Decisions
-from .training.prepare import Prepared, Work, describe_object
+from .training.prepare import Prepared
 from .training.probe import Probe, fit_probe, interpolate
 from .training.recipe import Recipe, RunSettings
+from .training.work import Work, describe_object
 from .usercode import load_function
 from .watch.console import Console, format_number, format_seconds
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -25,14 +24,13 @@ from ..errors import ModelError, SettingsError
 from ..generators import kept_generators
 from ..keep.checkpoint import Checkpoints
 from ..keep.stopping import EarlyStopping, Mode, better_mode
-from ..model.build import Built
 from ..model.describe import describe
 from ..model.freeze import FreezePlan, evaluating, learning
 from ..watch.console import Console
 from ..watch.monitor import check_views
 from ..watch.recorder import Recorder
 from . import device
-from .binding import Binding, Inputs, Keys, batch_text
+from .binding import Binding, batch_text
 from .decisions import Decisions
 from .device import Mover, autocast, choose_device, choose_memory, choose_precision, choose_threads, make_scaler
 from .evaluate import Evaluation
@@ -42,57 +40,12 @@ from .mixing import Mixing, check_unmixed, make_mixing
 from .objective import Objective, check_fit, choose_objective, prediction_of
 from .optim import Average, Optimizers, can_fuse, make_optimizer, own_optimizers, rate_factor
 from .prefix import Planner, Prefix, picture
-from .recipe import RunSettings
 from .signals import Signals
-from .step import Stepper, UserStep
+from .step import Stepper
 from .watching import Watching
+from .work import Work
 
 _LOG_EVERY = 50
-
-
-@dataclass(frozen=True)
-class Feeding:
-    """How the samples are read: what ``Loader`` is told beside the data and their order."""
-
-    workers: int | Literal["auto"] = "auto"
-    last: Literal["keep", "drop"] = "keep"
-    cache: Wanted = "off"
-    on_bad: OnBad = "raise"
-    bad_fraction: float = 0.01
-
-
-@dataclass
-class Work:
-    """What is to be trained: settings, a model, data, and a program's own objects in place of names."""
-
-    settings: RunSettings
-    model: nn.Module
-    train: KeyedDataset
-    valid: KeyedDataset | None = None
-    test: KeyedDataset | None = None
-    batch_size: int = 32
-    feeding: Feeding = Feeding()
-    loss: Any = None
-    metrics: Any = None
-    optimizer: Any = None
-    schedule: Any = None
-    schedule_every: Literal["step", "epoch"] = "step"
-    step: UserStep | None = None
-    inputs: Inputs | None = None
-    targets: Keys | None = None
-    collate: Callable[[list[Any]], Any] | None = None
-    load: Callable[[str], Any] = field(default=lambda name: None)
-    is_recipe: bool = False
-    weights: Any = None
-    resolved: Json = None
-    built: Built | None = None
-    notes: list[tuple[str, str, str, str]] = field(default_factory=list)
-    on_record: Sequence[Callable[[Json], Any]] = ()
-
-    def fingerprints(self) -> dict[str, str]:
-        """What names each split's content."""
-        splits = {"train": self.train, "valid": self.valid, "test": self.test}
-        return {name: data.fingerprint() for name, data in splits.items() if data is not None}
 
 
 class Prepared:
@@ -117,7 +70,7 @@ class Prepared:
         for row in work.notes:
             decisions.note(*row)
         self.plan = self._freeze()
-        self.loader = self._loader(work.train, shuffle=True, last=work.feeding.last, on_bad=work.feeding.on_bad)
+        self.loader = self.shuffled_loader()
         self.valid = self._loader(work.valid) if work.valid is not None else None
         self._note_feed()
         if len(self.loader) == 0:
@@ -287,11 +240,18 @@ class Prepared:
             self._seconds = {row.name: row.seconds for row in rows}
         return picture(self.plan.map(), self._seconds, self.prefix, self._why_whole)
 
+    first_forward_s = 0.0
+    """Seconds of the first forward, one batch in eval mode; 0 for a step of the user's own."""
+
     _seconds: dict[str, float] | None = None
     _why_whole: str | None = None
     _short: tuple[Loader, Loader | None] | None = None
     _short_epochs = 0
     prefix: Prefix | None = None
+
+    def shuffled_loader(self) -> Loader:
+        """Another loader over the training split, as the training's own begins."""
+        return self._loader(self.work.train, shuffle=True, last=self.work.feeding.last, on_bad=self.work.feeding.on_bad)
 
     def evaluation_loader(self, data: KeyedDataset) -> Loader:
         """A loader over a split, in order, whose batches are on their way to the device."""
@@ -360,6 +320,7 @@ class Prepared:
         model = self.work.model
         with kept_generators(), evaluating(model), torch.no_grad(), autocast(self.precision, self.device):
             moved = self.mover(batch)
+            began = time.perf_counter()
             try:
                 output = self.binding.call(moved)
             except Exception as error:
@@ -370,6 +331,7 @@ class Prepared:
                     expected="a forward that takes the batch's inputs",
                     fix="inputs= names the keys; tk.inspect(model, batch) shows each module's shapes",
                 ) from error
+            self.first_forward_s = time.perf_counter() - began
             target = self.binding.target(moved)
             schema = self.work.train.schema
             classes = max([schema[name].num_classes for name in schema.targets] or [0])
@@ -579,20 +541,3 @@ def _makes_scheduler(schedule: Any) -> bool:
 
     needed = [p for p in inspect.signature(schedule).parameters.values() if p.default is p.empty]
     return len(needed) == 1
-
-
-def describe_object(value: Any) -> Json:
-    """A program's own object in words, for the record."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    name = getattr(value, "__qualname__", None) or type(value).__qualname__
-    module = getattr(value, "__module__", None) or type(value).__module__
-    return f"{module}.{name}"
-
-
-def source_folder() -> Path:
-    """Where the running program lies: its repository's commit belongs to the run."""
-    import sys
-
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
-    return Path(main).resolve().parent if main else Path.cwd()

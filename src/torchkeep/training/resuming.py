@@ -11,8 +11,9 @@ from ..folder import RunFolder
 from ..settings import difference
 from ..watch.console import Console
 from ..watch.records import last_attempt_start
-from .prepare import Prepared, Work
+from .prepare import Prepared
 from .provenance import environment
+from .work import Work
 
 CHANGES = ("data",)
 """What may be said to have changed: everything else either changes no bit, or is said and goes on best-effort."""

@@ -1,10 +1,14 @@
-"""What the checks before a training look at: the prepared run with its first batch, and what one forward of it gives."""
+"""What the checks before a training look at: the prepared run with its first batch, and what a forward of it gives."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +17,8 @@ from torch import Tensor, nn
 
 from .. import gradients
 from ..contracts import INDEX, Batch, Field
+from ..data.reading import foreign_of
+from ..data.streams import Stream
 from ..model.freeze import evaluating
 from .device import autocast
 from .objective import prediction_of
@@ -60,11 +66,25 @@ def error(found: str, expected: str, fix: str) -> Finding:
     return Finding("", "error", found, expected, fix)
 
 
+@dataclass
+class FirstPass:
+    """One forward and backward: the losses, their graphs, what it took, and which parameters got nothing."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    roots: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+    activation_bytes: int = 0
+    without_gradient: set[str] = field(default_factory=set)
+
+
 class Subject:
     """A prepared training as the checks see it. Whatever they do, ``preflight`` puts the state back afterwards.
 
     ``batch`` is the first batch on the device, all of it; ``few`` the first rows of it, which are what the time allows.
     """
+
+    deadline = math.inf
+    """When the check under way should end, of ``time.perf_counter``: what loops has to look at it."""
 
     def __init__(self, prepared: Prepared, rows: int | None = None):
         self.prepared = prepared
@@ -73,6 +93,15 @@ class Subject:
         self.batch: Batch = prepared.mover(prepared.example)
         self.num_rows = len(self.batch[INDEX])
         self.few = first_rows(self.batch, min(rows or self.num_rows, self.num_rows))
+
+    @property
+    def forward_s(self) -> float:
+        """What a forward of ``few`` takes, seconds, as far as the first one of a whole batch tells."""
+        return self.prepared.first_forward_s * len(self.few[INDEX]) / self.num_rows
+
+    @property
+    def is_late(self) -> bool:
+        return time.perf_counter() > self.deadline
 
     @property
     def targets(self) -> Any:
@@ -134,19 +163,60 @@ class Subject:
                 take(loss, "loss")
         return found
 
-    def seconds_of(self, work: Callable[[], Any]) -> float:
-        """How long this takes, Unix s, to the end of what the device has to do."""
+    def backward(self, batch: Batch, each: Callable[[Tensor], None] | None = None) -> dict[str, Tensor]:
+        """Leave the gradients of one batch's losses in ``.grad``, from none; the losses, detached.
+
+        ``each`` is called with each loss before its backward.
+        """
+        gradients.clear(self.model.parameters())
+
+        def take(loss: Tensor) -> None:
+            if each is not None:
+                each(loss)
+            if loss.requires_grad:
+                gradients.backward(loss)
+
+        return {name: loss.detach() for name, loss in self.losses(batch, take).items()}
+
+    @cached_property
+    def first_pass(self) -> FirstPass:
+        """Forward and backward of ``few`` as a training does it, looked at on the way; gradients are cleared again."""
+        seen = FirstPass()
+        owned = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        held: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in owned:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
         began = time.perf_counter()
-        work()
+        with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            warnings.simplefilter("ignore")  # a training says them again
+            seen.losses = self.backward(self.few, seen.roots.append)
         if self.prepared.device.type == "cuda":
             torch.cuda.synchronize(self.prepared.device)
-        return time.perf_counter() - began
-
-    def backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Leave the gradients of one batch's losses in ``.grad``, from none; the losses, detached."""
+        seen.seconds, seen.activation_bytes = time.perf_counter() - began, sum(held.values())
+        seen.without_gradient = {name for name, p in self.parameters if p.grad is None}
         gradients.clear(self.model.parameters())
-        found = self.losses(batch, lambda loss: gradients.backward(loss) if loss.requires_grad else None)
-        return {name: loss.detach() for name, loss in found.items()}
+        return seen
+
+    @cached_property
+    def output(self) -> Any:
+        """What the model makes of ``few`` in eval mode, without a graph."""
+        with evaluating(self.model), gradients.none_needed():
+            return self.forward(self.few)
+
+    def batches(self, count: int) -> Iterator[Batch]:
+        """The first batches of an epoch, on the device; of what cannot be rewound only the one at hand."""
+        foreign = foreign_of(self.work.train)
+        if isinstance(self.work.train, Stream) or (foreign is not None and not foreign.probe.repeatable):
+            yield self.batch
+            return
+        with contextlib.closing(self.prepared.shuffled_loader()) as loader:
+            for batch in itertools.islice(loader, count):
+                yield self.prepared.mover(batch)
 
 
 def first_rows(batch: Batch, rows: int) -> Batch:

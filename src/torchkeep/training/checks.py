@@ -1,0 +1,403 @@
+"""The quick checks before a training: one forward and backward of a few samples tells most mistakes.
+
+What the loss's graph shows is read from torch.autograd's own nodes: their names are those of the operations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from .. import gradients
+from ..data.reading import tensors_in
+from ..generators import keyed_generators
+from ..model.freeze import evaluating
+from ..watch.console import format_number, format_seconds
+from .objective import classes_are_last, prediction_of
+from .subject import Finding, Subject, error, passed, skipped, taken_rows, warning
+
+_RESHAPES = ("View", "UnsafeView", "Unsqueeze", "Squeeze", "Transpose", "T", "Permute", "ToCopy", "Alias", "Clone",
+             "Slice", "Select", "ReshapeAlias", "Expand")  # fmt: skip
+_ERRORS_OF = ("Sub", "Rsub", "MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss")
+_TAKES = {"LogSoftmax": "softmax", "BinaryCrossEntropyWithLogits": "sigmoid"}
+_LINEAR = ("Addmm", "Mm", "Convolution", "Relu", "Softmax")
+_MOST_NAMES = 4
+
+
+# --- the loss
+
+
+def first_loss(subject: Subject) -> Finding:
+    """The loss before any update against that of guessing: ln(classes), or the variance of the target."""
+    values = {name: float(loss) for name, loss in subject.first_pass.losses.items()}
+    if not all(map(math.isfinite, values.values())):
+        return error(f"{values} on the first samples", "a finite loss", "look at the inputs and at logarithms, roots "
+                     "and divisions in model and loss: tk.trace_backward names the operation")  # fmt: skip
+    value = next(iter(values.values()))
+    guess = _loss_of_guessing(subject)
+    if guess is None:
+        return passed(f"{format_number(value)}; what guessing would give is not known for this loss")
+    expected, why = guess
+    said = f"{format_number(value)}, guessing gives {format_number(expected)} ({why})"
+    if value > 2 * expected + 2:
+        return warning(said, f"about {format_number(expected)}", "normalise the inputs (and a target of numbers), "
+                       "or look at how the last layer is initialised")  # fmt: skip
+    return passed(said)
+
+
+def _loss_of_guessing(subject: Subject) -> tuple[float, str] | None:
+    kind, target = _kind_of_loss(subject), subject.targets
+    if kind is None or not isinstance(target, Tensor):
+        return None
+    if kind == "binary_cross_entropy":
+        return math.log(2), "ln 2"
+    if kind == "mse":
+        is_scaled = subject.objective.name == "mse" and subject.target_field and subject.target_field.std != 1.0
+        whole = subject.binding.target(subject.batch).float()
+        return (1.0, "the target's variance") if is_scaled else (float(whole.var(correction=0)), "its variance")
+    output = prediction_of(subject.output)
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        return None
+    num_classes = output.shape[-1 if classes_are_last(output, target) else 1]
+    return math.log(max(2, num_classes)), f"ln {num_classes}"
+
+
+def _kind_of_loss(subject: Subject) -> str | None:
+    """The loss's name where it is one whose value for a guess is known."""
+    name, loss = subject.objective.name, subject.work.loss
+    if subject.work.step is not None:
+        return None
+    kinds = {nn.CrossEntropyLoss: "cross_entropy", nn.BCEWithLogitsLoss: "binary_cross_entropy", nn.MSELoss: "mse"}
+    own = next((kind for type_, kind in kinds.items() if type(loss) is type_), None)
+    if own is not None:
+        return own if loss.reduction == "mean" and getattr(loss, "pos_weight", None) is None else None
+    return name if name in kinds.values() else None
+
+
+def loss_attached(subject: Subject) -> Finding:
+    """The loss must hang on the parameters: detached, nothing could learn."""
+    names = [name for name, root in zip(subject.first_pass.losses, subject.first_pass.roots, strict=True)
+             if not root.requires_grad]  # fmt: skip
+    if names:
+        return error(
+            f"{', '.join(names)} has no graph: nothing can learn from it", "a loss made of the model's output",
+            "look for .detach(), .item(), .data, torch.no_grad or a new torch.tensor between them",
+        )  # fmt: skip
+    return passed("it has a graph")
+
+
+def probabilities_twice(subject: Subject) -> Finding:
+    """Softmax or sigmoid before a loss that applies it itself, or none before one that wants it."""
+    for node in _nodes_of(subject.first_pass.roots):
+        name, maker = _name(node), _name(_maker(node))
+        takes = _TAKES.get(name)
+        if takes is not None and maker in ("Softmax", "Sigmoid", "Relu"):
+            return warning(
+                f"the loss takes the {takes} of what has been through {maker.lower()} already",
+                "logits as the last layer gives them", f"leave out the model's last {maker.lower()}",
+            )  # fmt: skip
+        if name.startswith("NllLoss") and maker in _LINEAR:
+            return warning(
+                f"the negative log-likelihood is taken of what {maker.lower()} gives", "log-probabilities",
+                "cross_entropy in its place, or log_softmax at the end of the model",
+            )  # fmt: skip
+    return passed("the loss gets what it takes")
+
+
+def broadcast(subject: Subject) -> Finding:
+    """(B,) against (B, 1) gives a (B, B) table of differences, whose mean is nobody's loss."""
+    size = len(subject.few["index"])
+    for node in _nodes_of(subject.first_pass.roots) if size > 1 else ():
+        if _name(node) not in _ERRORS_OF:
+            continue
+        for child, _ in node.next_functions:
+            wide, narrow = (child, _below(child)) if _name(child) == "Expand" else (node, child)
+            if _shape(wide) == (size, size) and _shape(narrow) in ((size,), (size, 1)):
+                return warning(
+                    f"{_shape(narrow)} against a target of another form makes a table of {(size, size)} in the loss",
+                    "equal shapes", "output.squeeze(-1), or target.unsqueeze(-1)",
+                )  # fmt: skip
+    return passed("output and target have one shape")
+
+
+def _nodes_of(roots: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the graphs, each once."""
+    left: list[Any] = [root.grad_fn for root in roots]
+    seen = set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            left += [child for child, _ in node.next_functions]
+
+
+def _name(node: Any) -> str:
+    return "" if node is None else node.name().rpartition("::")[2].partition("Backward")[0]
+
+
+def _below(node: Any) -> Any:
+    return node.next_functions[0][0] if node is not None and node.next_functions else None
+
+
+def _maker(node: Any) -> Any:
+    """What made a node's first input, through whatever only changes its shape."""
+    found = _below(node)
+    while _name(found) in _RESHAPES:
+        found = _below(found)
+    return found
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(node._input_metadata[0].shape) if node is not None and node._input_metadata else ()
+
+
+# --- what learns
+
+
+def gradients_reach(subject: Subject) -> Finding:
+    """Every parameter that learns gets a gradient; one that some batch reaches is no mistake."""
+    names, missing = [name for name, _ in subject.parameters], subject.first_pass.without_gradient
+    if not names:
+        return error("no parameter of the model learns", "at least one", "freeze less: requires_grad_(True)")
+    for batch in itertools.chain([subject.few], subject.batches(2)) if missing else ():
+        # what is dropped by chance, or routed by the data, comes another time
+        subject.backward(batch)
+        missing = {name for name, p in subject.parameters if p.grad is None} & missing
+        if not missing or subject.is_late:
+            break
+    gradients.clear(subject.model.parameters())
+    if not missing:
+        return passed(f"{len(names):,} of {len(names):,} learning parameters get one")
+    listed = _listed(name for name in names if name in missing)
+    said = f"{len(missing):,} of {len(names):,} learning parameters get none: {listed}"
+    fix = "use them in the forward, look for .detach() or torch.no_grad before the loss, or freeze.modules names them"
+    return (error if len(missing) == len(names) else warning)(said, "one for each", fix)
+
+
+def in_optimizer(subject: Subject) -> Finding:
+    """Every parameter that learns is in the optimisers exactly once."""
+    owned = [p for o in subject.prepared.optimizers.by_name.values() for g in o.param_groups for p in g["params"]]
+    counts = {id(p): 0 for p in owned}
+    for parameter in owned:
+        counts[id(parameter)] += 1
+    left_out = [name for name, p in subject.parameters if not counts.get(id(p))]
+    twice = [name for name, p in subject.parameters if counts.get(id(p), 0) > 1]
+    if left_out:
+        said = f"{len(left_out):,} of {len(subject.parameters):,} learning parameters are in none: {_listed(left_out)}"
+        return warning(said, "each in one", "make the optimiser after the model's last change, of model.parameters()")
+    if twice:
+        said = f"{len(twice):,} parameters are moved by two optimisers: {_listed(twice)}"
+        return warning(said, "each in one", "give each optimiser its own part of the model")
+    return passed(f"each of {len(subject.parameters):,} once")
+
+
+def registered(subject: Subject) -> Finding:
+    """What learns must be known to the model: what lies in a plain list is neither moved, saved nor taken to a GPU."""
+    owners = (subject.model, *subject.prepared.objects.values())
+    known = {id(p) for owner in owners if isinstance(owner, nn.Module) for p in owner.parameters()}
+    moved = {id(p) for p in subject.prepared.optimizers.parameters}
+    leaves = [getattr(node, "variable", None) for node in _nodes_of(subject.first_pass.roots)]
+    strange = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad and id(leaf) not in known | moved]
+    hidden = [
+        f"{name or 'model'}.{key}" for name, module in subject.model.named_modules()
+        for key, value in vars(module).items() if not key.startswith("_") and _holds_modules(value, known)
+    ]  # fmt: skip
+    if strange or hidden:
+        where = f" in {_listed(hidden)}" if hidden else f", the first of shape {tuple(strange[0].shape)}"
+        return warning(f"{max(1, len(strange))} tensors that want a gradient are no parameters of the model{where}",
+                       "parameters", "nn.ModuleList or nn.ModuleDict for a list or dict of modules, nn.Parameter for a "
+                       "tensor")  # fmt: skip
+    return passed("all that learns is a parameter of the model")
+
+
+def _holds_modules(value: Any, known: set[int]) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    modules = [part for part in inner if isinstance(part, nn.Module)]
+    return any(id(p) not in known for module in modules for p in module.parameters())
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = list(names)
+    return ", ".join(found[:_MOST_NAMES]) + (f" and {len(found) - _MOST_NAMES:,} more" * (len(found) > _MOST_NAMES))
+
+
+# --- the samples
+
+
+def labels(subject: Subject) -> Finding:
+    """Targets that are numbers are finite, differ, and have a size that can be learned."""
+    if subject.work.step is not None:
+        return skipped("a step of your own finds its truth itself")
+    targets = [t for t in tensors_in(subject.binding.target(subject.batch)) if t.is_floating_point() and t.numel()]
+    if not targets:
+        return passed("no numbers among them; classes are within the model's outputs")
+    if not all(bool(target.isfinite().all()) for target in targets):
+        return error("a target is not finite", "finite numbers", "leave the sample out, or fill the cell in")
+    if any(subject.num_rows >= 8 and bool((target == target[0]).all()) for target in targets):
+        return warning(f"all {subject.num_rows} targets of the first batch are equal", "targets that differ",
+                       "look at the column or function that gives the target")  # fmt: skip
+    size = max(float(target.abs().max()) for target in targets)
+    knows = subject.target_field is not None and subject.target_field.std != 1.0
+    if size > 100 and not knows and _kind_of_loss(subject) == "mse":
+        return warning(f"numbers up to {format_number(size)}", "about -3 to 3",
+                       "(target - mean) / standard deviation; tk.Table does so by itself")  # fmt: skip
+    return passed(f"finite numbers up to {format_number(size)}")
+
+
+def inputs(subject: Subject) -> Finding:
+    """Inputs are finite, differ from sample to sample, and are of a size that layers are made for."""
+    keys = subject.binding.keys
+    held = {key: list(tensors_in(subject.batch[key])) for key in keys if key in subject.batch}
+    floating = [(key, t) for key, values in held.items() for t in values if t.is_floating_point() and t.numel()]
+    broken = [key for key, t in floating if not bool(t.isfinite().all())]
+    if broken and not all(bool(loss.isfinite()) for loss in subject.first_pass.losses.values()):
+        return error(f"{_listed(broken)}: {sum(int((~t.isfinite()).sum()) for _, t in floating):,} values of the first "
+                     "batch are not finite", "finite numbers", "fill them in or leave the samples out")  # fmt: skip
+    whole = [t for values in held.values() for t in values if t.ndim and len(t) == subject.num_rows]
+    if subject.num_rows >= 4 and whole and all(bool((t == t[:1]).all()) for t in whole):
+        return warning(f"all {subject.num_rows} samples of the first batch are equal", "inputs that differ",
+                       "look at one sample: dataset[0] and dataset[1]")  # fmt: skip
+    large = [(key, float(t.abs().max()), float(t.std())) for key, t in floating if t.numel() > 1 and key not in broken]
+    for key, size, spread in large:
+        if size > 30 and spread > 10 and not _normalises_itself(subject.model):
+            return warning(
+                f"{key}: up to {format_number(size)}, standard deviation {format_number(spread)}", "about -3 to 3",
+                "images as uint8 are normalised on the device; else (x - mean) / std",
+            )  # fmt: skip
+    said = ", ".join(f"{key} up to {format_number(size)}" for key, size, _ in large)
+    return passed(said or "no floating inputs")
+
+
+def _normalises_itself(model: nn.Module) -> bool:
+    """Whether the first layer is a normalisation, which takes numbers of any size."""
+    layers = [module for module in model.modules() if not list(module.children())]
+    return bool(layers) and "Norm" in type(layers[0]).__name__
+
+
+# --- the answer
+
+
+def evaluation_repeats(subject: Subject) -> Finding:
+    """In eval mode the same samples give the same answer, whatever the generators stand at."""
+    outputs = _floating(subject.output)
+    if not outputs:
+        return skipped("the model gives no floating tensors")
+    with keyed_generators(1), evaluating(subject.model), gradients.none_needed():
+        again = _floating(subject.forward(subject.few))
+    apart = max((_distance(one, two) for one, two in zip(outputs, again, strict=False)), default=0.0)
+    if apart > _tolerance(subject):
+        return warning(f"two evaluations of the same samples differ by {apart:.2g} of their size", "equal outputs",
+                       "F.dropout(x, p, self.training) in place of F.dropout(x, p); no noise in eval mode")  # fmt: skip
+    return passed("twice the same")
+
+
+def samples_apart(subject: Subject) -> Finding:
+    """A sample's answer in eval mode is a matter of that sample alone; batch statistics in training are another."""
+    size = len(subject.few["index"])
+    outputs = [t for t in _floating(subject.output) if t.ndim and len(t) == size]
+    if size < 2 or not outputs:
+        return skipped("it takes two samples and an output for each")
+    if any(isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None and not isinstance(
+        m, nn.modules.instancenorm._InstanceNorm) for m in subject.model.modules()):  # fmt: skip
+        return skipped("the model normalises by the batch in eval mode too (track_running_stats=False)")
+    for row in (0, size - 1):
+        # not only in another order: what is taken over all samples, as a mean, would be the same
+        alone = taken_rows(subject.few, torch.full((size,), row))
+        with evaluating(subject.model), gradients.none_needed():
+            others = [t for t in _floating(subject.forward(alone)) if t.ndim and len(t) == size]
+        apart = max((_distance(a[row], b[row]) for a, b in zip(outputs, others, strict=False)), default=0.0)
+        if apart > _tolerance(subject):
+            return warning(f"with other samples beside it a sample's output changes by {apart:.2g} of its size",
+                           "an output that depends on its own sample alone",
+                           "look for view or reshape across dimension 0, softmax(dim=0), a mean over the batch, or "
+                           "attention without batch_first=True")  # fmt: skip
+    return passed("a sample's output does not depend on the others")
+
+
+def _floating(output: Any) -> list[Tensor]:
+    parts = (
+        vars(output) if not isinstance(output, Tensor | dict | list | tuple) and hasattr(output, "__dict__") else output
+    )
+    return [t for t in tensors_in(parts) if t.is_floating_point() and t.numel()]
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return math.inf
+    one, other = one.double(), other.double()
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12)) if one.numel() else 0.0
+
+
+def _tolerance(subject: Subject) -> float:
+    return 1e-4 if subject.prepared.precision == "fp32" else 0.05
+
+
+# --- the machine
+
+
+def disk(subject: Subject, place: Path | None) -> Finding:
+    """The folder of checkpoints can be written to, and has room for those that will be kept."""
+    if place is None:
+        return skipped("no run folder was named")
+    parent = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            free = shutil.disk_usage(parent).free
+    except OSError as refused:
+        return error(f"{parent}: {refused.strerror or refused}", "a folder that can be written to", "--run-dir DIR")
+    kept = subject.work.settings.checkpoint
+    count = kept.keep_last + kept.keep_best + 1  # one is written before another goes
+    one = _state_bytes(subject)
+    said = f"{count} checkpoints of {one / 1e6:,.1f} MB, {free / 1e9:,.1f} GB free in {parent}"
+    if count * one > free:
+        return error(said, f"{count * one / 1e9:,.1f} GB", "--run-dir on another disk, or checkpoint.keep_last = 1")
+    return passed(said)
+
+
+def _state_bytes(subject: Subject) -> int:
+    """What a checkpoint holds: the model, and the optimiser's averages, which are two for each number in most."""
+    own = sum(t.nbytes for t in (*subject.model.parameters(), *subject.model.buffers()))
+    return own + (2 + (subject.prepared.average is not None)) * _learning_bytes(subject)
+
+
+def _learning_bytes(subject: Subject) -> int:
+    return sum(p.nbytes for _, p in subject.parameters)
+
+
+def time_and_memory(subject: Subject) -> Finding:
+    """How long the training may take, and whether it fits into memory, by the first samples' forward and backward."""
+    seen, share = subject.first_pass, subject.num_rows / len(subject.few["index"])
+    step_s = seen.seconds * share * subject.work.settings.train.accumulate
+    needed = seen.activation_bytes * share + _state_bytes(subject) + _learning_bytes(subject)
+    free = _free_bytes(subject.prepared.device)
+    total = subject.prepared.total_steps
+    said = (f"at most {format_seconds(step_s * total)} for {total:,} steps of {format_number(step_s)} s, "
+            f"{needed / 1e9:,.2f} GB of {free / 1e9:,.1f} GB free")  # fmt: skip
+    if needed > free:
+        return warning(said, "all of it in memory", "a smaller data.batch_size with train.accumulate")
+    return passed(said)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+QUICK: dict[str, Callable[[Subject], Finding]] = {
+    "first loss": first_loss, "loss attached": loss_attached, "gradients": gradients_reach,
+    "optimiser": in_optimizer, "registered": registered, "probabilities twice": probabilities_twice,
+    "broadcast": broadcast, "labels": labels, "inputs": inputs, "evaluation repeats": evaluation_repeats,
+    "samples apart": samples_apart, "time and memory": time_and_memory,
+}  # fmt: skip
+"""The checks of every training by name, the cheapest knowledge first; "disk" wants a folder beside."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .keep.generators import generator_states, set_generator_states
     from .keep.stopping import EarlyStopping
     from .model.freeze import FreezePlan
+    from .model.tracing import trace_backward
     from .model.weights import load_weights
     from .running import BestPoint, Run
     from .share.package import Package, load_package, save_package
@@ -60,7 +61,7 @@ _PLACES = {
     "split": "data.splits", "survey": "training.survey",
     "Interrupted": "errors", "PreemptedError": "errors", "TorchkeepError": "errors",
     "Checkpoints": "keep.checkpoint", "EarlyStopping": "keep.stopping", "FreezePlan": "model.freeze",
-    "load_weights": "model.weights", "fine_tune": "transfer",
+    "load_weights": "model.weights", "fine_tune": "transfer", "trace_backward": "model.tracing",
     "generator_states": "keep.generators", "set_generator_states": "keep.generators",
 }  # fmt: skip
 
@@ -70,7 +71,8 @@ __all__ = [
     "Part", "Predictor", "PreemptedError", "Run", "Stream", "SummaryWriter", "Table", "TextBlocks", "TextFolder",
     "TextTable", "TorchkeepError", "compare", "evaluate", "evaluation", "fine_tune", "fit", "generator_states",
     "inspect", "load_package", "load_weights", "open_run", "package", "predict", "preflight", "read_run", "reproduce",
-    "resume", "runs", "save_package", "set_generator_states", "split", "survey", "sync", "train",
+    "resume", "runs", "save_package", "set_generator_states", "split", "survey", "sync", "trace_backward",
+    "train",
 ]  # fmt: skip
 
 

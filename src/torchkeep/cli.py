@@ -47,18 +47,45 @@ def cli() -> None:
 @_MIRROR
 @_ALLOW
 @click.option("--verify-cache", is_flag=True, help="Compute some of the kept features again and compare every bit.")
+@click.option("--preflight", type=click.Choice(["quick", "full", "off"]), default="quick", show_default=True,
+              help="How closely a new run is looked over before it begins.")  # fmt: skip
 @_LOG
 @_QUIET
 def train(
     recipe: str, assignments: tuple[str, ...], run_dir: str | None, resume_mode: Any, mirror: str | None,
-    allow_change: tuple[str, ...], verify_cache: bool, log: Any, quiet: bool,
+    allow_change: tuple[str, ...], verify_cache: bool, preflight: Any, log: Any, quiet: bool,
 ) -> None:  # fmt: skip
     """Train the model that RECIPE (a TOML file) describes."""
     from . import api
 
     assignments += ("features.verify=64",) if verify_cache else ()
     api.train(recipe, set=assignments, run_dir=run_dir, resume=resume_mode, mirror=mirror, allow_change=allow_change,
-              log=log, quiet=quiet)  # fmt: skip
+              preflight=preflight, log=log, quiet=quiet)  # fmt: skip
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@_SET
+@click.option("--run-dir", type=click.Path(), help="The run's folder to be; runs/NAME without it.")
+@click.option("--quick", is_flag=True, help="Only what is looked at before every training.")
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each check.")
+def preflight(recipe: str, assignments: tuple[str, ...], run_dir: str | None, quick: bool, as_json: bool) -> None:
+    """Look RECIPE over without training: what mostly is a mistake, with what to do.
+
+    Exit code 1 where something is found.
+    """
+    from . import api
+    from .watch.console import Console
+    from .watch.findings import show_preflight
+
+    found = api.preflight(recipe, level="quick" if quick else "full", set=assignments, run_dir=run_dir)
+    if as_json:
+        for finding in found:
+            click.echo(_json_line(vars(finding)))
+    else:
+        show_preflight(Console(), [vars(finding) for finding in found])
+    if any(finding.is_blamed for finding in found):
+        click.get_current_context().exit(EXIT_FAILED)
 
 
 @cli.command()

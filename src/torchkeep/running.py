@@ -34,7 +34,7 @@ from .tensors import tensor_sha256
 from .training.attempt import attempt, checkpoints_of, put
 from .training.decisions import Decisions
 from .training.loop import load_model
-from .training.preflight import Level, preflight, refuse_errors, show_report
+from .training.preflight import Level, preflight, refuse_errors
 from .training.prepare import Prepared
 from .training.provenance import code_state, command, environment
 from .training.recipe import Recipe, recipe_from_json
@@ -42,6 +42,7 @@ from .training.resuming import Changes, changes_since
 from .training.work import Feeding, Work, source_folder
 from .usercode import CodeReference, check_trusted, load_function, read_reference
 from .watch.console import Console
+from .watch.findings import show_preflight
 from .watch.records import last_attempt_start, read_records
 
 RUNS = Path("runs")
@@ -343,7 +344,7 @@ def _looked_over(prepared: Prepared, level: Level, place: Path | None, console: 
     """
     try:
         report = preflight(prepared, level, place)
-        show_report(console, report)
+        show_preflight(console, report.to_json()["findings"], brief=True)
         refuse_errors(report.findings)
     except BaseException:
         prepared.close()

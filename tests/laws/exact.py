@@ -187,7 +187,7 @@ def fit(case: Case, place: Path, folder: Path, stop: Stop) -> tuple[tk.Run, str]
     run = tk.fit(
         model, train, valid, metrics=["accuracy"], batch_size=_BATCH, schedule=case["schedule"],
         workers=0 if case["feed"] == "inline" else 2, cache="ram" if case["cache"] == "ram" else "off",
-        run_dir=folder, resume="auto", quiet=True, settings=settings_of(case), **own,
+        run_dir=folder, resume="auto", preflight="off", quiet=True, settings=settings_of(case), **own,
     )  # fmt: skip
     return run, tensor_sha256(dict(model.state_dict()))
 

@@ -18,6 +18,7 @@ from ..generators import kept_generators
 from ..model.freeze import evaluating
 from ..settings import check
 from ..training.binding import Binding, Inputs, batch_text
+from ..training.contract import misfit, schema_text
 from ..training.device import Mover, autocast, default_device, existing_device
 from ..training.objective import prediction_of
 from ..training.prepare import Prepared
@@ -86,6 +87,10 @@ class Asked:
     def forward(self, batch: Batch) -> Tensor:
         """The prediction as the model gives it, on the device."""
         call = self._bound(batch)
+        got, expected = misfit(self.contract.schema, batch)
+        if got:
+            raise ModelError("this batch is not as the model was made for", where=type(self.model).__name__, got=got,
+                             expected=expected)  # fmt: skip
         try:
             with autocast(self.contract.precision, self.device):
                 output = prediction_of(call(self.mover(batch)))
@@ -106,18 +111,12 @@ class Asked:
         return self._call
 
     def _misfit(self, batch: Batch, error: Exception) -> ModelError:
-        taken = "; ".join(f"{name} {_axes_text(field)}" for name, field in self.contract.schema.items()
-                          if not field.is_target)  # fmt: skip
+        taken = schema_text(self.contract.schema)
         said = str(error).strip().partition("\n")[0][:200]
         return ModelError(
             "the model cannot take this batch", where=type(self.model).__name__,
             got=f"{batch_text(batch)} ({type(error).__name__}: {said})", expected=taken or "what it was trained on",
         )  # fmt: skip
-
-
-def _axes_text(field: Field) -> str:
-    sizes = ("B", *("…" if size is None else str(size) for size in field.shape or ("…",)))
-    return f"{field.kind} ({', '.join(sizes)})"
 
 
 def contract_of(prepared: Prepared, settings: DataSettings | None) -> Contract:

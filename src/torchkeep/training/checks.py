@@ -9,6 +9,7 @@ import itertools
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _ERRORS_OF = ("Sub", "Rsub", "MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss")
 _TAKES = {"LogSoftmax": "softmax", "BinaryCrossEntropyWithLogits": "sigmoid"}
 _LINEAR = ("Addmm", "Mm", "Convolution", "Relu", "Softmax")
 _MOST_NAMES = 4
+_SHORT_S = 0.2
 
 
 # --- the loss
@@ -377,11 +379,17 @@ def _learning_bytes(subject: Subject) -> int:
 def time_and_memory(subject: Subject) -> Finding:
     """How long the training may take, and whether it fits into memory, by the first samples' forward and backward."""
     seen, share = subject.first_pass, subject.num_rows / len(subject.few["index"])
-    step_s = seen.seconds * share * subject.work.settings.train.accumulate
+    batch_s = seen.seconds * share
+    if batch_s < _SHORT_S:  # so little is mostly the beginning: a whole batch tells more
+        began = time.perf_counter()
+        subject.backward(subject.batch)
+        batch_s = time.perf_counter() - began
+        gradients.clear(subject.model.parameters())
+    step_s = batch_s * subject.work.settings.train.accumulate
     needed = seen.activation_bytes * share + _state_bytes(subject) + _learning_bytes(subject)
     free = _free_bytes(subject.prepared.device)
     total = subject.prepared.total_steps
-    said = (f"at most {format_seconds(step_s * total)} for {total:,} steps of {format_number(step_s)} s, "
+    said = (f"about {format_seconds(step_s * total)} for {total:,} steps of {format_number(step_s)} s, "
             f"{needed / 1e9:,.2f} GB of {free / 1e9:,.1f} GB free")  # fmt: skip
     if needed > free:
         return warning(said, "all of it in memory", "a smaller data.batch_size with train.accumulate")

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import gradients
-from ..contracts import INDEX, Batch
+from ..contracts import INDEX, Batch, Json
 from ..data.loader import Loader
 from ..errors import LabelError
 from ..generators import kept_generators
 from ..model.freeze import evaluating
 from .binding import Binding
+from .contract import refuse_misfit
 from .device import Mover, autocast
 from .metrics import Adapted, Metric
 from .objective import Objective, prediction_of
@@ -37,11 +38,11 @@ class Evaluation:
     def __init__(
         self, binding: Binding, objective: Objective, mover: Mover, metrics: Sequence[Metric | Adapted], *,
         precision: str = "fp32", average: Average | None = None, user_step: UserStep | None = None,
-        stepper: Stepper | None = None,
+        stepper: Stepper | None = None, contract: Json = None,
     ):  # fmt: skip
         self._binding, self._objective, self._mover = binding, objective, mover
         self._metrics, self._precision, self.average = metrics, precision, average
-        self._user_step, self._stepper = user_step, stepper
+        self._user_step, self._stepper, self._contract = user_step, stepper, contract
 
     def __call__(self, loader: Loader, split: str, seen: Gathers | None = None) -> dict[str, float]:
         """Loss and metrics of a split. ``seen`` gathers what is to be shown of it."""
@@ -90,6 +91,9 @@ class Evaluation:
             return self._measure(batch)
         except LabelError as error:
             error.where = f"split {split}, samples {batch[INDEX][error.rows].tolist()[:16]}"
+            raise
+        except (RuntimeError, ValueError, TypeError) as error:
+            refuse_misfit(error, self._contract, batch, f"split {split}, samples {batch[INDEX].tolist()[:16]}")
             raise
 
     def _own(self, user_step: UserStep, batch: Batch) -> Tensor:

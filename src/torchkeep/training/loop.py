@@ -34,6 +34,7 @@ from ..watch.console import Console
 from ..watch.recorder import Recorder
 from ..watch.trainable import show_trainable
 from .collecting import Collector, old_objects_left_alone
+from .contract import check_contract, refuse_misfit
 from .evaluate import Evaluation
 from .metrics import Adapted, Metric
 from .optim import Average
@@ -86,6 +87,7 @@ class Parts(Protocol):
 
     def trainable(self) -> Json: ...
 
+    contract: Json
     train_metrics: list[Metric | Adapted]
     objects: dict[str, Any]
 
@@ -105,6 +107,7 @@ class Training:
         self.train_metrics, self.objects, self.plan = parts.train_metrics, parts.objects, parts.plan
         self.checkpoints, self.recorder = checkpoints, recorder
         self.console, self.signals, self.go_on, self.watching = console, signals, go_on, watching
+        self._contract = parts.contract
         self._loaders_at, self._prefix, self._trainable = parts.loaders_at, parts.prefix, parts.trainable
         self._choose_loaders()
         self.best = Best()
@@ -206,7 +209,10 @@ class Training:
             except Exception as error:
                 if isinstance(error, LabelError) and len(indices) == 1:
                     error.where = f"step {clock.step + 1}, {samples_text([indices[0][error.rows]])}"
-                error.add_note(f"in step {clock.step + 1} of epoch {clock.epoch + 1}, {samples_text(indices)}")
+                said = f"step {clock.step + 1} of epoch {clock.epoch + 1}, {samples_text(indices)}"
+                error.add_note(f"in {said}")
+                for batch in batches:
+                    refuse_misfit(error, self._contract, batch, said)
                 raise
             clock.step += 1
             clock.samples += result.samples
@@ -513,6 +519,7 @@ class Training:
             "epoch_loss": [self._epoch_loss, self._epoch_samples],
             "train_metrics": [metric.state_dict() for metric in self.train_metrics],
             "num_bad": self._num_bad,
+            "contract": self._contract,
             "freeze": self.plan.state_dict() if self.plan else None,
         }
 
@@ -527,6 +534,8 @@ class Training:
                 got=self.settings.train.accumulate, expected=state["accumulate"],
                 fix="resume with the same train.accumulate: steps are counted in it",
             )  # fmt: skip
+        if state.get("contract"):
+            check_contract(state["contract"], self._contract, self.data_changed)
         load_model(self.stepper.model, state["model"])
         for name, part in self.objects.items():
             part.load_state_dict(state["objects"].get(name, {}))

@@ -18,7 +18,6 @@ from ..contracts import Json
 from ..errors import PreflightError
 from ..generators import seed_all
 from ..model.untouched import untouched
-from ..watch.console import Console, format_seconds
 from .checks import QUICK, disk
 from .optim import Optimizers
 from .prepare import Prepared
@@ -150,23 +149,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(inner) for key, inner in value.items()}
     return value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-
-
-# --- what is said of it
-
-
-def show_report(console: Console, report: Report) -> None:
-    """Print what was found: a line for what is in order, one warning for each that mostly is a mistake."""
-    by_verdict: dict[str, list[str]] = {}
-    for finding in report.findings:
-        key = finding.found if finding.verdict == "skipped" else finding.verdict
-        by_verdict.setdefault(key, []).append(finding.check)
-    if by_verdict.get("passed"):
-        console.say(f"preflight {', '.join(by_verdict['passed'])}: in order ({format_seconds(report.seconds)})")
-    for why in [key for key in by_verdict if key not in ("passed", "warning", "error")]:
-        console.say(f"          not looked at: {', '.join(by_verdict[why])} ({why})")
-    for finding in report.blamed:
-        console.warn(f"{finding.check}: {finding.found}; expected {finding.expected}. {finding.fix}")
 
 
 def refuse_errors(findings: Sequence[Finding]) -> None:

@@ -31,6 +31,7 @@ from ..watch.monitor import check_views
 from ..watch.recorder import Recorder
 from . import device
 from .binding import Binding, batch_text
+from .contract import contract_json
 from .decisions import Decisions
 from .device import Mover, autocast, choose_device, choose_memory, choose_precision, choose_threads, make_scaler
 from .evaluate import Evaluation
@@ -85,6 +86,7 @@ class Prepared:
                 self._send(loader)
         self._note_data()
         self.binding, self.objective = self._bind(batch)
+        self.contract = contract_json(work.train.schema, self.binding.keys, batch, None)
         self.metrics = make_metrics(work.metrics if work.metrics is not None else train.metrics)
         self.mixing: Mixing | None = None
         if work.step is None:
@@ -129,6 +131,7 @@ class Prepared:
             average=self.average,
             user_step=work.step,
             stepper=self.stepper,
+            contract=self.contract,
         )
 
     def _freeze(self) -> FreezePlan | None:
@@ -334,6 +337,7 @@ class Prepared:
             self.first_forward_s = time.perf_counter() - began
             target = self.binding.target(moved)
             schema = self.work.train.schema
+            self.contract = contract_json(schema, self.binding.keys, batch, output)
             classes = max([schema[name].num_classes for name in schema.targets] or [0])
             self._check_weights(classes)
             where = f"{type(model).__name__}, loss {self.objective.name}"

@@ -67,7 +67,7 @@ class Console:
             return
         for name, value, reason, override in texts:
             self._line(f"{name} = {value}", style="bold")
-            self._folded(reason.split(), indent="    ", gap=" ")
+            self.folded(reason.split(), indent="    ", gap=" ")
             self._line(f"    override: {override}")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -183,7 +183,7 @@ class Console:
         self._epoch_line_s = self._plain_s = now
         number = f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}"
         metrics = [f"{tag} {format_number(value)}" for tag, value in values.items()]
-        self._folded([number, *metrics, format_seconds(elapsed_s), *(["best"] if is_best else [])])
+        self.folded([number, *metrics, format_seconds(elapsed_s), *(["best"] if is_best else [])])
 
     # --- the end
 
@@ -213,8 +213,10 @@ class Console:
         # soft_wrap: the terminal may wrap what it shows, but a path or a command stays one piece when it is copied
         self._rich.print(self._printable(text), style=style, soft_wrap=True)
 
-    def _folded(self, parts: Sequence[str], indent: str = "", gap: str = _GAP) -> None:
+    def folded(self, parts: Sequence[str], indent: str = "", gap: str = _GAP) -> None:
         """Parts on one line, or on more where a terminal is too narrow; a part is never cut."""
+        if self.quiet:
+            return
         room = self._rich.width if self._is_live else 10**6
         line = indent + "".join(parts[:1])
         for part in parts[1:]:

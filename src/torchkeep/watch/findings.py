@@ -1,11 +1,11 @@
-"""What a survey has found, as tables to read."""
+"""What a survey or a preflight has found, as tables to read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ..contracts import Json
-from .console import Console, format_number
+from .console import Console, format_number, format_seconds
 
 _ROWS, _GROUPS, _MEMBERS, _CELL = 20, 5, 3, 60
 
@@ -45,6 +45,31 @@ def show_survey(console: Console, found: Json) -> None:
             console.say(f"         fix: {row['fix']}")
     if not found["problems"] and not bad:
         console.say("labels and samples: no problems")
+
+
+def show_preflight(console: Console, findings: Sequence[Json], brief: bool = False) -> None:
+    """Print the findings of a preflight: a line for each check, or ``brief``, by name; then what is to be done."""
+    if brief:
+        _show_names(console, findings)
+    else:
+        words = {"passed": "in order", "skipped": "not looked at"}
+        rows = [(row["check"], words.get(row["verdict"], row["verdict"]), row["found"]) for row in findings]
+        console.table(("check", "", "found"), rows)
+    for row in findings:
+        if row["verdict"] in ("warning", "error"):
+            console.warn(f"{row['check']}: {row['found']}; expected: {row['expected']}")
+            console.say(f"         fix: {row['fix']}")
+
+
+def _show_names(console: Console, findings: Sequence[Json]) -> None:
+    seconds = sum(row["seconds"] for row in findings)
+    passed = [row["check"] for row in findings if row["verdict"] == "passed"]
+    if passed:
+        console.folded(["preflight in order:", *(f"{name}," for name in passed[:-1]), passed[-1],
+                        f"({format_seconds(seconds)})"], gap=" ")  # fmt: skip
+    for why in dict.fromkeys(row["found"] for row in findings if row["verdict"] == "skipped"):
+        names = [row["check"] for row in findings if row["verdict"] == "skipped" and row["found"] == why]
+        console.say(f"preflight left out: {', '.join(names)} ({why})")
 
 
 def _columns(splits: Json, key: str) -> list[tuple[str, str, Json]]:

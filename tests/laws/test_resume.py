@@ -122,7 +122,7 @@ def fit(case: str, folder: Path, stop_at: int | None = None) -> tuple[tk.Run, in
     settings = {**chosen.pop("settings", {})}
     settings["train"] = {"threads": 1, **settings.get("train", {})}
     random.seed(5), np.random.seed(5)  # a program begins anew; what it then draws is not what the run goes on with
-    run = tk.fit(model, run_dir=folder, resume="auto", quiet=True, settings=settings, **chosen)
+    run = tk.fit(model, run_dir=folder, resume="auto", preflight="off", quiet=True, settings=settings, **chosen)
     return run, watch.calls
 
 
@@ -409,7 +409,7 @@ def test_another_accumulation_is_refused_and_another_learning_rate_goes_apart(tm
         model.register_forward_pre_hook(Interrupting(stop_at))
         return tk.fit(model, DATA, epochs=3, batch_size=15, run_dir=tmp_path / "run", learning_rate=learning_rate,
                       checkpoint={"every": 2}, settings={"train": {"threads": 1, "accumulate": accumulate}},
-                      resume="auto", quiet=True)  # fmt: skip
+                      resume="auto", preflight="off", quiet=True)  # fmt: skip
 
     with pytest.raises(tk.Interrupted):
         run(5)

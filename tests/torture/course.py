@@ -223,8 +223,8 @@ def typed(*words: str) -> Child:
     return lambda: cli.run(lambda: cli.cli.main(list(words), prog_name="torchkeep", standalone_mode=False))
 
 
-def begin(run: str) -> Child:
-    return typed("train", "recipe.toml", "--run-dir", run)
+def begin(run: str, *more: str) -> Child:
+    return typed("train", "recipe.toml", "--run-dir", run, *more)
 
 
 def go_on(folder: Path, name: str) -> Child:

@@ -30,8 +30,9 @@ _LEAST_S, _MOST_S, _SHARE = 1.0, 10.0, 0.02
 _MOST_ROWS = 16
 _PASSES = 12  # forwards that the quick checks take at most, a backward counted as two
 _TRIAL_S = 10.0
-_WITHOUT_STEP = {"optimiser", "labels", "inputs"}
-_FORWARDS = {"first loss": 3, "evaluation repeats": 2, "samples apart": 2}
+_WITHOUT_FORWARD = {"optimiser", "labels", "inputs", "disk"}
+_FORWARDS = dict.fromkeys(_WITHOUT_FORWARD, 0) | {"evaluation repeats": 2, "samples apart": 3}
+_FIRST_PASS = 3  # forward and backward, which the other checks look at
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def _rows(prepared: Prepared, budget_s: float | None) -> int:
 
 def _hindrance(subject: Subject, name: str, deadline: float) -> str:
     """What keeps a quick check from being made; empty for nothing."""
-    if subject.work.step is not None and name not in _WITHOUT_STEP | {"disk"}:
+    if subject.work.step is not None and name not in _WITHOUT_FORWARD:
         return "a step of your own may keep what it sees: --preflight full calls it"
-    needed_s = _FORWARDS.get(name, 0) * subject.forward_s
-    return "no time" if time.perf_counter() + needed_s > deadline else ""
+    forwards = _FORWARDS.get(name, 0 if "first_pass" in vars(subject) else _FIRST_PASS)
+    return "no time" if time.perf_counter() + forwards * subject.forward_s > deadline else ""
 
 
 def _checked(subject: Subject, name: str, check: Callable[[Subject], Finding]) -> Finding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 import torchkeep as tk
 from torchkeep.errors import CheckpointError, ModelError
+from torchkeep.keep.checkpoint import Checkpoints
 
 
 class Samples(torch.utils.data.Dataset[dict[str, Any]]):
@@ -41,18 +41,21 @@ def images(folder: Path, names: tuple[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def state_of(run: tk.Run) -> dict[str, Any]:
-    return dict(json.loads(next((run.dir / "checkpoints").glob("step-*/state.json")).read_text())["state"])
+def contract_of(run: tk.Run) -> dict[str, Any]:
+    checkpoints = Checkpoints(run.dir / "checkpoints")
+    saved = checkpoints.latest()
+    assert saved is not None
+    return dict(checkpoints.load_part(saved, "contract"))
 
 
 def test_a_checkpoint_has_types_shapes_classes_and_preprocessing(tmp_path: Path) -> None:
     run = tk.train(images(tmp_path / "data", ("ants", "bees")), run_dir=tmp_path / "run", quiet=True)
-    kept = state_of(run)["contract"]
+    kept = contract_of(run)
     assert kept["inputs"] == {"image": "uint8"}
     assert kept["outputs"] == [{"dtype": "float32", "shape": [None, 2]}]
-    assert kept["schema"]["fields"]["image"]["shape"] == [3, 8, 8]
-    assert kept["schema"]["fields"]["label"]["classes"] == ["ants", "bees"]
-    assert kept["schema"]["preprocess"]["mean"] == [0.5, 0.5, 0.5]
+    assert kept["schema"]["fields"]["image"]["shape"] == (3, 8, 8)
+    assert kept["schema"]["fields"]["label"]["classes"] == ("ants", "bees")
+    assert kept["schema"]["preprocess"]["mean"] == (0.5, 0.5, 0.5)
 
 
 def test_other_classes_are_refused_whatever_may_change(tmp_path: Path) -> None:

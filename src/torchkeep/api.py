@@ -18,6 +18,7 @@ from .data.foreign import as_dataset
 from .data.reading import OnBad
 from .errors import RunFolderError, SettingsError
 from .folder import open_run_folder
+from .generators import kept_generators
 from .keep.checkpoint import Checkpoints, Row
 from .model.describe import ModuleRow, describe
 from .model.freeze import release
@@ -212,6 +213,13 @@ def preflight(
     Raises:  SettingsError, DataError or ModelError for what could not even begin
     """
     _check_level(level, ("quick", "full"))
+    with kept_generators():
+        return _looked_over(source, train, valid, level, set, options)
+
+
+def _looked_over(
+    source: Any, train: Any, valid: Any, level: Level, set: Sequence[str], options: dict[str, Any]
+) -> list[Finding]:
     if isinstance(source, nn.Module):
         bound = signature(fit).bind(source, train, valid, **options)
         bound.apply_defaults()

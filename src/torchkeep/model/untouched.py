@@ -21,7 +21,7 @@ def untouched(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
     for whoever takes a step, at the price of a copy. Every tensor stays the object that it was. Attributes are followed
     through lists and dicts, not into objects of other types.
     """
-    held = [_held(module) for module in model.modules()]
+    held = [_held(module) for module in model.modules() if not _waits(module)]
     tensors = _Tensors(model, parameters)
     with kept_generators():
         try:
@@ -63,6 +63,12 @@ def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _is_lazy(tensor: Tensor) -> bool:
     return nn.parameter.is_lazy(tensor)
+
+
+def _waits(module: nn.Module) -> bool:
+    """Whether the first forward makes another of it, as of a LazyLinear: there is no way back from that."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(map(_is_lazy, own))
 
 
 def _held(module: nn.Module) -> Any:

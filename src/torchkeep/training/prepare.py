@@ -21,11 +21,11 @@ from ..data.reading import OnBad, foreign_of
 from ..data.sources import described
 from ..data.streams import PROMISE, Stream
 from ..errors import ModelError, SettingsError
-from ..generators import kept_generators
 from ..keep.checkpoint import Checkpoints
 from ..keep.stopping import EarlyStopping, Mode, better_mode
 from ..model.describe import describe
 from ..model.freeze import FreezePlan, evaluating, learning
+from ..model.untouched import untouched
 from ..watch.console import Console
 from ..watch.monitor import check_views
 from ..watch.recorder import Recorder
@@ -321,7 +321,7 @@ class Prepared:
     def _try(self, batch: Batch) -> None:
         """One forward on the first batch, leaving nothing behind: a misfit is said before a file is written."""
         model = self.work.model
-        with kept_generators(), evaluating(model), torch.no_grad(), autocast(self.precision, self.device):
+        with untouched(model), evaluating(model), torch.no_grad(), autocast(self.precision, self.device):
             moved = self.mover(batch)
             began = time.perf_counter()
             try:

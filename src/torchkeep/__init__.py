@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .data.tables import Table
     from .data.text import TextBlocks, TextFolder, TextTable
     from .errors import Interrupted, PreemptedError, TorchkeepError
-    from .handing import evaluate, evaluation, package, predict, reproduce
+    from .handing import eject, evaluate, evaluation, package, predict, reproduce
     from .history import compare, read_run, runs, sync
     from .keep.checkpoint import Checkpoints
     from .keep.generators import generator_states, set_generator_states
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    "BestPoint": "running", "Run": "running", "evaluate": "handing", "evaluation": "handing",
+    "BestPoint": "running", "Run": "running", "eject": "handing", "evaluate": "handing", "evaluation": "handing",
     "fit": "api", "inspect": "api", "open_run": "api", "preflight": "api",
     "predict": "handing", "reproduce": "handing", "resume": "api", "train": "api",
     "Package": "share.package", "Predictor": "share.predict", "load_package": "share.package", "package": "handing",
@@ -69,7 +69,7 @@ __all__ = [
     "Arrays", "AudioFolder", "AudioTable", "BestPoint", "Checkpoints", "EarlyStopping", "Foreign", "FreezePlan",
     "HubDataset", "HubStream", "IdxImages", "ImageFolder", "ImageTable", "Interrupted", "Loader", "Monitor", "Package",
     "Part", "Predictor", "PreemptedError", "Run", "Stream", "SummaryWriter", "Table", "TextBlocks", "TextFolder",
-    "TextTable", "TorchkeepError", "compare", "evaluate", "evaluation", "fine_tune", "fit", "generator_states",
+    "TextTable", "TorchkeepError", "compare", "eject", "evaluate", "evaluation", "fine_tune", "fit", "generator_states",
     "inspect", "load_package", "load_weights", "open_run", "package", "predict", "preflight", "read_run", "reproduce",
     "resume", "runs", "save_package", "set_generator_states", "split", "survey", "sync", "trace_backward",
     "train",

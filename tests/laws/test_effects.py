@@ -51,7 +51,7 @@ def keyword(call: ast.Call, name: str) -> object:
 def backward_elsewhere(module: Module) -> Iterator[ast.AST]:
     if module.path == "gradients.py":
         return
-    own = {"gradients.backward", "context.backward", "self.backward"}  # names of the house that lead there
+    own = {"gradients.backward", "context.backward", "self.backward", "subject.backward"}  # names of the house that lead there
     for node, name, last in calls(module):
         is_method = last == "backward" and "." in name and name not in own
         if is_method or re.search(r"(^|\.)autograd\.(grad|backward)$", name):
@@ -76,7 +76,7 @@ def disk_effect_elsewhere(module: Module) -> Iterator[ast.AST]:
 
 
 def requires_grad_elsewhere(module: Module) -> Iterator[ast.AST]:
-    if module.path == "model/freeze.py":
+    if module.path in {"model/freeze.py", "share/ejected.py"}:  # the second is what a script without us is made of
         return
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Attribute) and node.attr == "requires_grad" and isinstance(node.ctx, ast.Store):

@@ -24,7 +24,7 @@ from ..generators import keyed_generators
 from ..model.freeze import evaluating
 from ..watch.console import format_number, format_seconds
 from .objective import classes_are_last, prediction_of
-from .subject import Finding, Subject, error, passed, skipped, taken_rows, warning
+from .subject import Finding, Subject, error, first_rows, passed, skipped, taken_rows, warning
 
 _RESHAPES = ("View", "UnsafeView", "Unsqueeze", "Squeeze", "Transpose", "T", "Permute", "ToCopy", "Alias", "Clone",
              "Slice", "Select", "ReshapeAlias", "Expand")  # fmt: skip
@@ -33,6 +33,7 @@ _TAKES = {"LogSoftmax": "softmax", "BinaryCrossEntropyWithLogits": "sigmoid"}
 _LINEAR = ("Addmm", "Mm", "Convolution", "Relu", "Softmax")
 _MOST_NAMES = 4
 _SHORT_S = 0.2
+_MOST_BATCHES = 64
 
 
 # --- the loss
@@ -119,9 +120,10 @@ def broadcast(subject: Subject) -> Finding:
     """(B,) against (B, 1) gives a (B, B) table of differences, whose mean is nobody's loss."""
     size = len(subject.few["index"])
     for node in _nodes_of(subject.first_pass.roots) if size > 1 else ():
-        if _name(node) not in _ERRORS_OF:
+        made = [child for child, _ in node.next_functions if child is not None]
+        if _name(node) not in _ERRORS_OF or len(made) != 1:  # of two outputs all pairs may be meant
             continue
-        for child, _ in node.next_functions:
+        for child in made:
             wide, narrow = (child, _below(child)) if _name(child) == "Expand" else (node, child)
             if _shape(wide) == (size, size) and _shape(narrow) in ((size,), (size, 1)):
                 return warning(
@@ -204,12 +206,19 @@ def in_optimizer(subject: Subject) -> Finding:
 
 
 def registered(subject: Subject) -> Finding:
-    """What learns must be known to the model: what lies in a plain list is neither moved, saved nor taken to a GPU."""
+    """What learns must be known to the model: what lies in a plain list is neither moved, saved nor taken to a GPU.
+
+    An input that wants a gradient, for a derivative by it, is no parameter: it is made anew, as long as the batch.
+    """
     owners = (subject.model, *subject.prepared.objects.values())
     known = {id(p) for owner in owners if isinstance(owner, nn.Module) for p in owner.parameters()}
     moved = {id(p) for p in subject.prepared.optimizers.parameters}
     leaves = [getattr(node, "variable", None) for node in _nodes_of(subject.first_pass.roots)]
-    strange = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad and id(leaf) not in known | moved]
+    kept = {id(value) for module in subject.model.modules() for value in vars(module).values()}
+    strange = [
+        leaf for leaf in leaves if leaf is not None and leaf.requires_grad and id(leaf) not in known | moved
+        and (isinstance(leaf, nn.Parameter) or id(leaf) in kept or leaf.shape[:1] != subject.few["index"].shape)
+    ]  # fmt: skip
     hidden = [
         f"{name or 'model'}.{key}" for name, module in subject.model.named_modules()
         for key, value in vars(module).items() if not key.startswith("_") and _holds_modules(value, known)
@@ -225,7 +234,7 @@ def registered(subject: Subject) -> Finding:
 def _holds_modules(value: Any, known: set[int]) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     modules = [part for part in inner if isinstance(part, nn.Module)]
-    return any(id(p) not in known for module in modules for p in module.parameters())
+    return any(p.requires_grad and id(p) not in known for module in modules for p in module.parameters())
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -246,14 +255,28 @@ def labels(subject: Subject) -> Finding:
     if not all(bool(target.isfinite().all()) for target in targets):
         return error("a target is not finite", "finite numbers", "leave the sample out, or fill the cell in")
     if any(subject.num_rows >= 8 and bool((target == target[0]).all()) for target in targets):
-        return warning(f"all {subject.num_rows} targets of the first batch are equal", "targets that differ",
-                       "look at the column or function that gives the target")  # fmt: skip
+        seen = _rows_that_are_equal(subject, targets)
+        if seen:
+            return warning(f"the first {seen:,} targets are equal", "targets that differ",
+                           "look at the column or function that gives the target")  # fmt: skip
     size = max(float(target.abs().max()) for target in targets)
     knows = subject.target_field is not None and subject.target_field.std != 1.0
     if size > 100 and not knows and _kind_of_loss(subject) == "mse":
         return warning(f"numbers up to {format_number(size)}", "about -3 to 3",
                        "(target - mean) / standard deviation; tk.Table does so by itself")  # fmt: skip
     return passed(f"finite numbers up to {format_number(size)}")
+
+
+def _rows_that_are_equal(subject: Subject, first: list[Tensor]) -> int:
+    """In how many samples one of the targets stays what it is in the first; 0 where all differ: some are rare."""
+    fixed, seen, end = {n for n, t in enumerate(first) if bool((t == t[0]).all())}, 0, time.perf_counter() + _SHORT_S
+    for batch in subject.batches(_MOST_BATCHES):
+        others = [t for t in tensors_in(subject.binding.target(batch)) if t.is_floating_point() and t.numel()]
+        fixed = {n for n in fixed if bool((others[n] == first[n][0]).all())}
+        seen += len(batch["index"])
+        if not fixed or time.perf_counter() > end:
+            break
+    return seen if fixed else 0
 
 
 def inputs(subject: Subject) -> Finding:
@@ -271,7 +294,7 @@ def inputs(subject: Subject) -> Finding:
                        "look at one sample: dataset[0] and dataset[1]")  # fmt: skip
     large = [(key, float(t.abs().max()), float(t.std())) for key, t in floating if t.numel() > 1 and key not in broken]
     for key, size, spread in large:
-        if size > 30 and spread > 10 and not _normalises_itself(subject.model):
+        if size > 30 and spread > 10 and _reaches_a_layer(subject, key):
             return warning(
                 f"{key}: up to {format_number(size)}, standard deviation {format_number(spread)}", "about -3 to 3",
                 "images as uint8 are normalised on the device; else (x - mean) / std",
@@ -280,10 +303,37 @@ def inputs(subject: Subject) -> Finding:
     return passed(said or "no floating inputs")
 
 
-def _normalises_itself(model: nn.Module) -> bool:
-    """Whether the first layer is a normalisation, which takes numbers of any size."""
-    layers = [module for module in model.modules() if not list(module.children())]
-    return bool(layers) and "Norm" in type(layers[0]).__name__
+def _reaches_a_layer(subject: Subject, key: str) -> bool:
+    """Whether a layer with weights is given numbers as large as they come; a normalisation takes any size."""
+    sizes: list[tuple[str, float]] = []
+
+    def look(module: nn.Module, given: tuple[Any, ...]) -> None:
+        largest = [float(t.detach().abs().max()) for t in given if isinstance(t, Tensor) and t.numel()]
+        sizes.extend((type(module).__name__, size) for size in largest)
+
+    layers = [module for module in subject.model.modules() if next(module.parameters(recurse=False), None) is not None]
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        with evaluating(subject.model), gradients.none_needed():
+            subject.forward(subject.few)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raw = {float(t.abs().max()) for t in tensors_in(subject.few[key]) if t.is_floating_point()}
+    return not sizes or any(size in raw and "Norm" not in name for name, size in sizes)
+
+
+def last_batch(subject: Subject) -> Finding:
+    """What is left for the last batch of an epoch may be one sample, of which batch norm can make nothing."""
+    work = subject.work
+    rest = len(work.train) % work.batch_size or work.batch_size
+    if rest > 1 or (work.feeding.last == "drop" and work.batch_size > 1):
+        return passed(f"{rest:,} samples" if work.feeding.last == "keep" else "it is dropped where it is smaller")
+    try:
+        subject.losses(first_rows(subject.batch, 1))
+    except ValueError as problem:
+        return error(f"it holds 1 sample: {problem}", "at least 2", 'last = "drop", or another batch size')
+    return passed("1 sample, which the model takes")
 
 
 # --- the answer
@@ -312,6 +362,11 @@ def samples_apart(subject: Subject) -> Finding:
     if any(isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None and not isinstance(
         m, nn.modules.instancenorm._InstanceNorm) for m in subject.model.modules()):  # fmt: skip
         return skipped("the model normalises by the batch in eval mode too (track_running_stats=False)")
+    if any(t.shape[1:2] == (size,) for t in outputs):
+        with evaluating(subject.model), gradients.none_needed():
+            fewer = _floating(subject.forward(first_rows(subject.few, size - 1)))
+        if any(t.shape[1:2] == (size - 1,) for t in fewer):
+            return skipped("the output is a table of all pairs of samples")
     for row in (0, size - 1):
         # not only in another order: what is taken over all samples, as a mean, would be the same
         alone = taken_rows(subject.few, torch.full((size,), row))
@@ -330,7 +385,7 @@ def _floating(output: Any) -> list[Tensor]:
     parts = (
         vars(output) if not isinstance(output, Tensor | dict | list | tuple) and hasattr(output, "__dict__") else output
     )
-    return [t for t in tensors_in(parts) if t.is_floating_point() and t.numel()]
+    return [t.detach() for t in tensors_in(parts) if t.is_floating_point() and t.numel()]
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
@@ -351,7 +406,7 @@ def disk(subject: Subject, place: Path | None) -> Finding:
     """The folder of checkpoints can be written to, and has room for those that will be kept."""
     if place is None:
         return skipped("no run folder was named")
-    parent = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
+    parent = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):
             free = shutil.disk_usage(parent).free
@@ -369,11 +424,7 @@ def disk(subject: Subject, place: Path | None) -> Finding:
 def _state_bytes(subject: Subject) -> int:
     """What a checkpoint holds: the model, and the optimiser's averages, which are two for each number in most."""
     own = sum(t.nbytes for t in (*subject.model.parameters(), *subject.model.buffers()))
-    return own + (2 + (subject.prepared.average is not None)) * _learning_bytes(subject)
-
-
-def _learning_bytes(subject: Subject) -> int:
-    return sum(p.nbytes for _, p in subject.parameters)
+    return own + (2 + (subject.prepared.average is not None)) * subject.num_learning_bytes
 
 
 def time_and_memory(subject: Subject) -> Finding:
@@ -386,7 +437,7 @@ def time_and_memory(subject: Subject) -> Finding:
         batch_s = time.perf_counter() - began
         gradients.clear(subject.model.parameters())
     step_s = batch_s * subject.work.settings.train.accumulate
-    needed = seen.activation_bytes * share + _state_bytes(subject) + _learning_bytes(subject)
+    needed = seen.activation_bytes * share + _state_bytes(subject) + subject.num_learning_bytes
     free = _free_bytes(subject.prepared.device)
     total = subject.prepared.total_steps
     said = (f"about {format_seconds(step_s * total)} for {total:,} steps of {format_number(step_s)} s, "
@@ -403,9 +454,9 @@ def _free_bytes(device: torch.device) -> int:
 
 
 QUICK: dict[str, Callable[[Subject], Finding]] = {
-    "first loss": first_loss, "loss attached": loss_attached, "gradients": gradients_reach,
-    "optimiser": in_optimizer, "registered": registered, "probabilities twice": probabilities_twice,
-    "broadcast": broadcast, "labels": labels, "inputs": inputs, "evaluation repeats": evaluation_repeats,
-    "samples apart": samples_apart, "time and memory": time_and_memory,
+    "optimiser": in_optimizer, "labels": labels, "inputs": inputs, "first loss": first_loss,
+    "loss attached": loss_attached, "gradients": gradients_reach, "registered": registered,
+    "probabilities twice": probabilities_twice, "broadcast": broadcast, "evaluation repeats": evaluation_repeats,
+    "samples apart": samples_apart, "last batch": last_batch, "time and memory": time_and_memory,
 }  # fmt: skip
-"""The checks of every training by name, the cheapest knowledge first; "disk" wants a folder beside."""
+"""The checks of every training by name, the cheapest first; "disk" wants a folder beside."""

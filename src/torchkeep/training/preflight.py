@@ -33,6 +33,7 @@ _TRIAL_S = 10.0
 _WITHOUT_FORWARD = {"optimiser", "labels", "inputs", "disk"}
 _FORWARDS = dict.fromkeys(_WITHOUT_FORWARD, 0) | {"evaluation repeats": 2, "samples apart": 3}
 _FIRST_PASS = 3  # forward and backward, which the other checks look at
+_BYTES_PER_S = 1e9  # at which memory for gradients comes from the system
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def preflight(prepared: Prepared, level: Level, place: Path | None = None) -> Re
     it, for it may keep what it sees. "full" also trains a little, and puts everything back.
     """
     began = time.perf_counter()
-    checks: dict[str, Callable[[Subject], Finding]] = {**QUICK, "disk": partial(disk, place=place)}
+    checks: dict[str, Callable[[Subject], Finding]] = {"disk": partial(disk, place=place), **QUICK}
     budget_s = None if level == "full" else _budget_s(prepared)
     subject = Subject(prepared, _rows(prepared, budget_s))
     findings = []
@@ -91,8 +92,10 @@ def _hindrance(subject: Subject, name: str, deadline: float) -> str:
     """What keeps a quick check from being made; empty for nothing."""
     if subject.work.step is not None and name not in _WITHOUT_FORWARD:
         return "a step of your own may keep what it sees: --preflight full calls it"
-    forwards = _FORWARDS.get(name, 0 if "first_pass" in vars(subject) else _FIRST_PASS)
-    return "no time" if time.perf_counter() + forwards * subject.forward_s > deadline else ""
+    is_first = name not in _FORWARDS and "first_pass" not in vars(subject)
+    needed_s = _FORWARDS.get(name, _FIRST_PASS * is_first) * subject.forward_s
+    needed_s += is_first * subject.num_learning_bytes / _BYTES_PER_S
+    return "no time" if time.perf_counter() + needed_s > deadline else ""
 
 
 def _checked(subject: Subject, name: str, check: Callable[[Subject], Finding]) -> Finding:

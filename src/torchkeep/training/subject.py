@@ -119,6 +119,10 @@ class Subject:
         """The model's parameters that learn, by name, each once."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    @property
+    def num_learning_bytes(self) -> int:
+        return sum(parameter.nbytes for _, parameter in self.parameters)
+
     def forward(self, batch: Batch) -> Any:
         """The model's output in the mode it is in."""
         with autocast(self.prepared.precision, self.prepared.device):

@@ -187,6 +187,6 @@ def _non_finite(value: float, step: int, indices: list[Tensor]) -> NonFiniteLoss
         where=f"step {step}",
         got=samples_text(indices),
         expected="a finite loss",
-        fix="a lower optimizer.learning_rate, train.clip_norm = 1.0, or a look at these samples; "
-        "the last good checkpoint stays",
+        fix="a lower optimizer.learning_rate, train.clip_norm = 1.0, or tk.trace_backward with the last good "
+        "checkpoint and these samples, which names the operation",
     )

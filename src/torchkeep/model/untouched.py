@@ -12,15 +12,19 @@ from torch import Tensor, nn
 
 from ..generators import kept_generators
 
+_SMALL_BYTES = 1 << 26
+
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
     """Put back, bit for bit, buffers, gradients, modes, hooks and plain attributes, and all random generators.
 
     Without gradients at the start, so that a backward has them alone. Parameters are put back where ``parameters``:
-    for whoever takes a step, at the price of a copy. Every tensor stays the object that it was. Attributes are followed
-    through lists and dicts, not into objects of other types.
+    for whoever takes a step, at the price of a copy. Up to 64 MB of them always are: a forward may write to some, as
+    one with a teacher that follows. Every tensor stays the object that it was. Attributes are followed through lists
+    and dicts, not into objects of other types.
     """
+    parameters = parameters or sum(p.nbytes for p in model.parameters() if not _is_lazy(p)) <= _SMALL_BYTES
     held = [_held(module) for module in model.modules() if not _waits(module)]
     tensors = _Tensors(model, parameters)
     with kept_generators():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -12,16 +14,18 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .archive import SUFFIX
 from .contracts import Json
 from .data.cache import Wanted
 from .data.foreign import as_dataset
 from .data.reading import OnBad
 from .errors import RunFolderError, SettingsError
 from .folder import open_run_folder
-from .generators import kept_generators
+from .generators import kept_generators, keyed_generators
 from .keep.checkpoint import Checkpoints, Row
-from .model.describe import ModuleRow, describe
-from .model.freeze import release
+from .model.build import ModelSettings, build_alone
+from .model.describe import Anatomy, dissect
+from .model.freeze import begin_training, release
 from .running import (
     Run,
     execute,
@@ -35,7 +39,8 @@ from .running import (
     trusting,
     work_of,
 )
-from .settings import check
+from .settings import check, override
+from .share.package import Package, load_package
 from .training.decisions import Decisions
 from .training.prefix import GAIN
 from .training.preflight import Level
@@ -44,9 +49,10 @@ from .training.prepare import Prepared
 from .training.recipe import RunSettings, read_recipe
 from .training.replay import Replay, replay
 from .training.resuming import check_data
-from .training.subject import Finding
+from .training.subject import Finding, Subject
 from .training.work import Feeding, Work, describe_object
-from .usercode import load_function
+from .usercode import is_reference, load_function, read_reference
+from .watch.anatomy import anatomy_page, anatomy_svg, show_anatomy
 from .watch.console import Console
 from .watch.records import Record, dump_record, read_records
 
@@ -288,23 +294,79 @@ def open_run(run_dir: str | Path, *, trust_code: str | None = None) -> Run:
     return Run(folder, Prepared(work, Decisions(facts["decisions"])), recipe, base)
 
 
-def inspect(
-    source: Any, batch: Any = None, *, set: Sequence[str] = (), trust_code: str | None = None
-) -> list[ModuleRow]:
-    """The module tree with shapes and parameters: of a model with a batch, of a recipe, or of a run.
+class Inspection(Anatomy):
+    """What ``inspect`` has found: a sequence of ``ModuleRow``. ``print`` shows it as a table that fits the terminal."""
 
-    ``batch`` is a tensor, a tuple of arguments or a dict of keywords for the model's forward.
+    def __str__(self) -> str:
+        text = io.StringIO()
+        show_anatomy(Console(file=text), self.to_json(), room=shutil.get_terminal_size((120, 50)))
+        return text.getvalue().rstrip("\n")
+
+    def svg(self) -> str:
+        """A picture that needs no network."""
+        return anatomy_svg(self.to_json())
+
+    def html(self) -> str:
+        """A page to fold and unfold, that needs no network."""
+        return anatomy_page(self.to_json(), self[0].type_name)
+
+
+def inspect(
+    source: Any, batch: Any = None, *, loss: Callable[[Any], Any] | None = None, set: Sequence[str] = (),
+    trust_code: str | None = None,
+) -> Inspection:  # fmt: skip
+    """The module tree after one forward and backward: shapes, parameters, FLOPs, time, and what gradients arrived.
+
+    ``source`` is a module, which ``batch`` (a tensor, a tuple of arguments or a dict of keywords) is given to, in the
+    mode it is in; ``file.py:function`` that gives one; a package (a .tkp file, or from ``load_package``), on its
+    self-test; a recipe, or a run's folder with its best checkpoint, on the first batch as it is trained, to the loss
+    it is trained by.
+    ``loss`` takes the output; without it, it is the output's own ``.loss``, else the sum of the means of its floating
+    tensors. Without a batch only what the model holds is shown. The model, the batch and all random generators are as
+    before afterwards, bit for bit.
+
+    Units:   numbers, bytes, seconds; FLOPs, a multiply-add counts two
+    Raises:  ModelError where the model cannot take the batch, naming the module
     """
+    if isinstance(source, str | Path) and Path(source).suffix == SUFFIX:
+        source = load_package(source, trust_code=trust_code)
     if isinstance(source, nn.Module):
-        return describe(source, _forward_of(source, batch) if batch is not None else None)
-    path = Path(source)
-    if path.is_dir():
-        prepared = open_run(path, trust_code=trust_code)._prepared
+        found = dissect(source, batch, loss)
+    elif isinstance(source, Package):
+        asked, (few, _) = source.asked, source.selftest
+        found = dissect(source.model, run=lambda backward: backward(asked.forward(few).float().mean()))
+    elif isinstance(source, str) and is_reference(source):
+        with keyed_generators(0):  # of weights and of dropout: the same at each call
+            found = dissect(_built_alone(source, set), batch, loss)
     else:
-        recipe, base = read_recipe(path, list(set))
+        found = _inspected(source, set, trust_code)
+    return Inspection(found.rows, found.losses, found.note)
+
+
+def _built_alone(name: str, assignments: Sequence[str]) -> nn.Module:
+    settings = check(ModelSettings, override({"model": {"name": name}}, list(assignments))["model"], "--set")
+    return build_alone(settings, lambda name: load_function(read_reference(name, Path())))
+
+
+def _inspected(source: Any, assignments: Sequence[str], trust_code: str | None) -> Anatomy:
+    """A recipe or a run as it is trained."""
+    using: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        run = open_run(source, trust_code=trust_code)
+        prepared = run._prepared
+        if run._checkpoints().best() is not None:
+            using = run._using("best")
+    else:
+        recipe, base = read_recipe(source, list(assignments))
         prepared = Prepared(work_of(recipe, base, load_function)[0], Decisions())
-    example = prepared.mover(prepared.example)
-    return describe(prepared.work.model, lambda: prepared.binding.call(example))
+
+    def step(backward: Callable[[Any], None]) -> None:
+        begin_training(subject.model)
+        subject.losses(subject.batch, backward)
+
+    with contextlib.closing(prepared), using:
+        subject = Subject(prepared)
+        return dissect(subject.model, run=step)
 
 
 def trainable(run_dir: str | Path) -> Json:
@@ -319,12 +381,6 @@ def trainable(run_dir: str | Path) -> Json:
     if not found:
         raise RunFolderError("nothing was frozen in this run", where=folder.path, expected="a run with [freeze]")
     return found[-1] | {"measured_speedup": gains[-1] if gains else None}
-
-
-def _forward_of(model: nn.Module, batch: Any) -> Callable[[], Any]:
-    if isinstance(batch, tuple | list):
-        return lambda: model(*batch)
-    return (lambda: model(**batch)) if isinstance(batch, dict) else (lambda: model(batch))
 
 
 def _outlets(quiet: bool, log: Log, on_record: OnRecord) -> tuple[Console, OnRecord]:

@@ -16,6 +16,7 @@ from .errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     Interrupted,
+    SettingsError,
     TorchkeepError,
 )
 
@@ -176,37 +177,81 @@ def _show_checkpoints(rows: Iterable[Any], as_json: bool) -> None:
 @cli.command()
 @click.argument("source", type=click.Path())
 @_SET
+@click.option("--input", "inputs", multiple=True, metavar="[NAME=]SHAPE[:TYPE]",
+              help="What goes into file.py:function's model: 1x3x224x224, or ids=2x16:int64.")  # fmt: skip
+@click.option("--modules", is_flag=True, help="Build a package's model, and show its tree on the self-test.")
+@click.option("--depth", type=click.IntRange(0), metavar="N", help="How deep the tree is shown.")
+@click.option("--all", "everything", is_flag=True, help="Show every module on a line of its own.")
+@click.option("--svg", type=click.Path(dir_okay=False), help="Draw the tree there instead.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write the tree as one page to fold and unfold there.")
+@click.option("--trainable-svg", type=click.Path(dir_okay=False), help="Draw what is frozen in a run there instead.")
+@click.option("--base", metavar="WEIGHTS", help="What a delta package was made against.")
 @_TRUST
-@click.option("--svg", type=click.Path(dir_okay=False), help="Draw what is frozen in a run there instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each module.")
-def inspect(source: str, assignments: tuple[str, ...], trust_code: str | None, svg: str | None, as_json: bool) -> None:
-    """Show the module tree of SOURCE (a recipe or a run's folder), or what a package says of itself, unbuilt."""
+def inspect(
+    source: str, assignments: tuple[str, ...], inputs: tuple[str, ...], modules: bool, depth: int | None,
+    everything: bool, svg: str | None, html: str | None, trainable_svg: str | None, base: str | None,
+    trust_code: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Show SOURCE module by module after one forward and backward: shapes, parameters, FLOPs, gradients, time.
+
+    SOURCE is a recipe, a run's folder, or file.py:function; of a package, what it says of itself, unbuilt.
+    """
     from . import api, handing
     from .files import write_durable
-    from .watch.console import Console
-    from .watch.trainable import trainable_svg
 
-    if handing.is_package(source):
+    drawn: dict[str, str] = {path: "" for path in (svg, html, trainable_svg) if path}
+    for path in drawn:
+        if not Path(path).absolute().parent.is_dir():
+            raise SettingsError("the folder of the picture is missing", where=path, expected="a folder that exists")
+    is_package = handing.is_package(source)
+    if is_package and not (modules or svg or html or inputs):
         said = handing.described(source)
         click.echo(_json_line(said)) if as_json else cli_handing.show_package(said)
         return
-    if svg:
-        write_durable(Path(svg), trainable_svg(api.trainable(source)).encode())
-        click.echo(f"what learns in {source} is drawn in {svg}")
-        return
-    rows = api.inspect(source, set=assignments, trust_code=trust_code)
+    if trainable_svg:
+        from .watch import trainable
+
+        drawn[trainable_svg] = trainable.trainable_svg(api.trainable(source))
+    else:
+        found = _inspected(source, is_package, inputs, assignments, base, trust_code)
+        payload = found.to_json()
+        drawn |= {svg: found.svg()} if svg else {}
+        drawn |= {html: found.html()} if html else {}
+        if not drawn:
+            _show_modules(payload, depth, everything, as_json)
+    for path, text in drawn.items():
+        write_durable(Path(path), text.encode())
+        click.echo(f"{source} is drawn in {path}")
+
+
+def _inspected(
+    source: str, is_package: bool, inputs: tuple[str, ...], assignments: tuple[str, ...], base: str | None,
+    trust_code: str | None,
+) -> Any:  # fmt: skip
+    from . import api
+    from .model.example import example_of
+    from .share.package import load_package
+    from .usercode import is_reference
+
+    if inputs and not is_reference(source):
+        raise SettingsError("only a model without data is given inputs", where="--input", got=source,
+                            expected="file.py:function")  # fmt: skip
+    if is_package:
+        return api.inspect(load_package(source, base=base, trust_code=trust_code))
+    batch = example_of(inputs) if inputs else None
+    return api.inspect(source, batch, set=assignments, trust_code=trust_code)
+
+
+def _show_modules(payload: dict[str, Any], depth: int | None, everything: bool, as_json: bool) -> None:
+    from .watch.anatomy import show_anatomy
+    from .watch.console import Console
+
     if as_json:
-        for row in rows:
-            click.echo(_json_line(vars(row)))
-        return
-    Console().table(
-        ["module", "type", "input", "output", "parameters", "learn"],
-        [
-            ("  " * row.depth + row.name.rpartition(".")[2], row.type_name, row.inputs, row.outputs,
-             f"{row.num_parameters:,}", f"{row.num_learning:,}")
-            for row in rows
-        ],
-    )  # fmt: skip
+        for row in payload["rows"]:
+            click.echo(_json_line(row))
+    else:
+        show_anatomy(Console(), payload, depth=depth, everything=everything)
 
 
 _VALID = click.option("--valid", metavar="DATA", help="Validation data; a fifth is set apart without it.")

@@ -119,6 +119,16 @@ def build_model(
     return built
 
 
+def build_alone(settings: ModelSettings, load: Callable[[str], Callable[..., Any]]) -> nn.Module:
+    """The model of ``file.py:function`` without data. A number of outputs that it must be given is 10.
+
+    Raises:  ModelError as ``build_model``
+    """
+    function = load(settings.name)
+    needed = [name for name, given in inspect.signature(function).parameters.items() if given.default is given.empty]
+    return _call(function, settings, {name: 10 for name in ("num_classes", "num_outputs") if name in needed})
+
+
 def _built_in(settings: ModelSettings, schema: Schema, sizes: dict[str, Any]) -> nn.Module:
     builder = BUILT_IN.get(settings.name)
     if builder is None:

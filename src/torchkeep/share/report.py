@@ -13,7 +13,7 @@ import numpy as np
 from ..data.contents import Rows, looked_at, reader_of
 from ..errors import TorchkeepError
 from ..watch.console import format_number
-from ..watch.page import STYLE, clean, style_hash, table
+from ..watch.page import STYLE, clean, still_page, table
 from ..watch.pictures import confusion_picture
 from .measures import Interval, Measured, Worst
 
@@ -35,20 +35,12 @@ _OWN_STYLE = """
 
 def report_page(measured: Measured, title: str, facts: Mapping[str, str], data: Any = None) -> str:
     """A whole HTML document of what was measured; ``data`` shows the worst errors as they look."""
-    style = STYLE + _OWN_STYLE
-    policy = f"default-src 'none'; img-src data:; style-src {style_hash(style)}; base-uri 'none'"
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">', f"<title>{clean(title)}</title>",
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">',
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{style}</style></head>',
-        f"<body><main><h1>{clean(title)}</h1>",
+    return still_page(title, STYLE + _OWN_STYLE, [
         *(f'<p class="muted">{clean(name)}: {clean(text)}</p>' for name, text in facts.items()),
         table("Metrics", ("metric", "value", "95 % interval"), list(_metrics(measured.metrics)), ' class="n"'),
         *_calibration(measured), *_classes(measured),
         *_worst(measured.worst, data, bool(measured.classes)), *_left_out(measured),
-        "</main></body></html>\n",
-    ]  # fmt: skip
-    return "\n".join(parts)
+    ])  # fmt: skip
 
 
 def _metrics(metrics: Mapping[str, Interval]) -> Iterator[tuple[str, str, str]]:

@@ -240,7 +240,7 @@ class Prepared:
             few = {name: value[:4] if isinstance(value, Tensor) else value for name, value in example.items()}
             is_own = self.work.step is not None
             rows = [] if is_own else describe(self.work.model, lambda: self.binding.whole(few))
-            self._seconds = {row.name: row.seconds for row in rows}
+            self._seconds = {row.name: row.forward_s or 0.0 for row in rows}
         return picture(self.plan.map(), self._seconds, self.prefix, self._why_whole)
 
     first_forward_s = 0.0

@@ -46,6 +46,11 @@ class Console:
         self._marks: deque[tuple[float, int]] = deque(maxlen=120)  # 30 s at four calls a second
         self._plain_s = self._epoch_line_s = -math.inf
 
+    @property
+    def room(self) -> tuple[int, int] | None:
+        """Columns and lines of the terminal; None where a file takes whatever comes."""
+        return (self._rich.width, self._rich.height) if self._is_live else None
+
     # --- lines
 
     def say(self, text: str) -> None:

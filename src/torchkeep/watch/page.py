@@ -148,6 +148,17 @@ def comparison_page(comparison: Comparison) -> str:
     return "\n".join(parts)
 
 
+def still_page(title: str, style: str, body: Iterable[str]) -> str:
+    """A whole HTML document without a script; ``style`` and ``body`` are HTML's already, ``title`` is text."""
+    policy = f"default-src 'none'; img-src data:; style-src {style_hash(style)}; base-uri 'none'"
+    return "\n".join([
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">', f"<title>{clean(title)}</title>",
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">',
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{style}</style></head>',
+        f"<body><main><h1>{clean(title)}</h1>", *body, "</main></body></html>\n",
+    ])  # fmt: skip
+
+
 def style_hash(text: str) -> str:
     """What a policy names an embedded style or script by."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from html import escape
 
 from ..contracts import Json
@@ -17,7 +17,7 @@ _EM, _LETTER = 13, 7.9  # monospaced: no letter of the fonts named below is wide
 _ROW, _LEADING, _EDGE, _GAP, _BAR, _INDENT = 26, 20, 24, 28, 90, 18
 _FONTS = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
 _HEADS = ("module", "kind", "state", "parameters", "share", "time")
-_NUMBERS, _BARS = dict.fromkeys(_HEADS[3:], 'text-anchor="end"'), _HEADS[4:]
+_TEXTS = (*_HEADS[:3], "input", "output")
 _WORDS = {True: "learns", False: "frozen", "partly": "learns in part"}
 _FILLS = {True: _LEARNS, False: _FROZEN_FILL, "partly": "#98a2ad"}
 _HALF = (
@@ -49,7 +49,7 @@ def folded(rows: Sequence[Row], most: int = 24) -> list[Row]:
 def _fold(rows: Sequence[Row], limit: int) -> list[Row]:
     result: list[Row] = []
     run: list[Row] = []
-    for row, below in _families(rows):
+    for row, below in families(rows):
         is_leaf = row["depth"] >= limit or (row["depth"] > 0 and all(_alike(row, other) for other in below))
         if run and not (is_leaf and all(_alike(row, other) for other in run)):
             result.append(_joined(run))
@@ -61,7 +61,7 @@ def _fold(rows: Sequence[Row], limit: int) -> list[Row]:
     return [*result, _joined(run)] if run else result
 
 
-def _families(rows: Sequence[Row]) -> Iterator[tuple[Row, Sequence[Row]]]:
+def families(rows: Sequence[Row]) -> Iterator[tuple[Row, Sequence[Row]]]:
     """Each row of the highest level with all rows below it."""
     start = 0
     while start < len(rows):
@@ -107,21 +107,22 @@ def state_of(row: Row) -> str:
 def _columns(rows: Sequence[Row], total: int) -> dict[str, list[str]]:
     """The cells by the heads of their columns, without a column that would be empty."""
     cells = [
-        (row["name"], row["kind"], state_of(row), f"{row['num_parameters']:,}", _share(row["num_parameters"] / total),
-         _share(row["time_fraction"]))
+        (row["name"], row["kind"], state_of(row), f"{row['num_parameters']:,}",
+         share_text(row["num_parameters"] / total), share_text(row["time_fraction"]))
         for row in rows
     ]  # fmt: skip
     return {head: column for head, *column in zip(_HEADS, *cells, strict=True) if any(column)}
 
 
-def _share(part: float | None) -> str:
+def share_text(part: float | None) -> str:
+    """A fraction as per cent; empty for None."""
     return "" if part is None else "<0.1 %" if 0 < part < 0.001 else f"{100 * part:.1f} %"
 
 
 def _facts(payload: Json) -> list[str]:
     """How much learns, the frontier, the cache and the gain, or why there is none."""
     total, learning = _num_parameters(payload["rows"]), _num_learning(payload["rows"])
-    facts = [f"{learning:,} of {total:,} parameters learn ({_share(learning / max(1, total))})"]
+    facts = [f"{learning:,} of {total:,} parameters learn ({share_text(learning / max(1, total))})"]
     facts += [f"frontier: {', '.join(payload['frontier'])}"] if payload["frontier"] else []
     if payload["cache_bytes"] is not None:
         views = payload["views"] or 1
@@ -133,13 +134,13 @@ def _facts(payload: Json) -> list[str]:
 
 
 def _num_parameters(rows: Sequence[Row]) -> int:
-    return sum(row["num_parameters"] for row, _ in _families(rows))
+    return sum(row["num_parameters"] for row, _ in families(rows))
 
 
 def _num_learning(rows: Sequence[Row]) -> int:
     return sum(
         _num_learning(below) if row["learns"] == "partly" else row["num_parameters"] * bool(row["learns"])
-        for row, below in _families(rows)
+        for row, below in families(rows)
     )
 
 
@@ -164,24 +165,37 @@ def trainable_svg(payload: Json, width: float = 960) -> str:
     rows = folded(payload["rows"])
     total = max(1, _num_parameters(rows))
     columns, facts = _columns(rows, total), _facts(payload)
-    places, bar, width = _places(columns, [row["depth"] for row in rows], width)
     last_kept = max((place for place, row in enumerate(rows) if row["is_cached"]), default=-1)
     title = f"What learns in {rows[0]['kind'][:60]}" if rows and not rows[0]["depth"] else "What learns"
     told = ". ".join([*facts, *(f"{row['name']}: {state_of(row)}" for row in rows)])
+    bars = {"share": [row["num_parameters"] / total for row in rows], "time": [row["time_fraction"] for row in rows]}
+    return tree_svg(title, told, facts, rows, columns, bars, width, rule=last_kept if payload["frontier"] else -1)
 
+
+def tree_svg(
+    title: str, told: str, facts: Sequence[str], rows: Sequence[Row], columns: dict[str, list[str]],
+    bars: dict[str, list[float | None]], width: float = 960, rule: int = -1,
+) -> str:  # fmt: skip
+    """A tree as an SVG: a line for each row, bars beside the cells of some columns, the first fact above, others below.
+
+    Of ``rows`` it takes ``depth``, ``num_parameters``, ``learns`` and ``is_cached``; ``told`` is for who cannot see it.
+    Behind the row ``rule`` a line is drawn, and the second fact stands there.
+    """
+    facts = list(facts)
+    places, bar, width = _places(columns, [row["depth"] for row in rows], width, bars.keys())
     parts = [_text(_EDGE, 40, title, _INK, 'font-size="18" font-weight="600"')]
     y = _paragraph(parts, 64, facts.pop(0), width) + 16
-    parts += [_text(places[head], y - 10, head, _MUTED, _NUMBERS.get(head, "")) for head in columns]
+    parts += [_text(places[head], y - 10, head, _MUTED, _anchor(head)) for head in columns]
     for place, row in enumerate(rows):
         parts += _tree(row, y)
         for head, cells in columns.items():
             x = places[head] + (row["depth"] * _INDENT if head == "module" else 0)
-            parts.append(_text(x, y + 17.5, cells[place], _MUTED if head == "kind" else _INK, _NUMBERS.get(head, "")))
-            if head in _BARS and cells[place]:
-                part = row["num_parameters"] / total if head == "share" else row["time_fraction"]
+            parts.append(_text(x, y + 17.5, cells[place], _MUTED if head == "kind" else _INK, _anchor(head)))
+            part = bars[head][place] if head in bars and cells[place] else None
+            if part is not None:
                 parts += _bar(places[head] + 8, y + 8, bar, min(1.0, part), _FILLS[row["learns"]])
         y += _ROW
-        if place == last_kept and payload["frontier"]:
+        if place == rule:
             parts.append(f'<path d="M0 {y}H{width:.1f}" stroke="{_FROZEN}" stroke-width="2" stroke-dasharray="7 4"/>')
             y = _paragraph(parts, y + 18, facts.pop(0), width, _FROZEN) - 14
     y += 30
@@ -195,18 +209,24 @@ def trainable_svg(payload: Json, width: float = 960) -> str:
     ])  # fmt: skip
 
 
-def _places(columns: dict[str, list[str]], depths: list[int], least: float) -> tuple[dict[str, float], float, float]:
+def _anchor(head: str) -> str:
+    return "" if head in _TEXTS else 'text-anchor="end"'
+
+
+def _places(
+    columns: dict[str, list[str]], depths: list[int], least: float, barred: Collection[str]
+) -> tuple[dict[str, float], float, float]:
     """Where each column's texts begin, or end where they are numbers; the length of a bar; the picture's width."""
     widths = {head: max(map(_width, [head, *cells])) for head, cells in columns.items()}
     indented = [depth * _INDENT + _width(name) for depth, name in zip(depths, columns.get("module", []), strict=True)]
     widths["module"] = _INDENT + max([_width("module"), *indented])
-    num_bars = sum(head in _BARS for head in widths)
+    num_bars = sum(head in barred for head in widths)
     natural = 2 * _EDGE + sum(widths.values()) + _GAP * (len(widths) - 1) + num_bars * (8 + _BAR)
     bar = _BAR + max(0.0, least - natural) / max(1, num_bars)
     places, x = {}, float(_EDGE)
     for head, room in widths.items():
-        places[head] = x + (room if head in _NUMBERS else _INDENT if head == "module" else 0)
-        x += room + _GAP + (8 + bar if head in _BARS else 0)
+        places[head] = x + (_INDENT if head == "module" else 0 if head in _TEXTS else room)
+        x += room + _GAP + (8 + bar if head in barred else 0)
     return places, bar, max(least, natural)
 
 

@@ -15,7 +15,7 @@ CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
 BENCHES = $(filter-out bench/measure.py bench/works.py bench/feeding.py bench/transferring.py,$(wildcard bench/*.py))
 
-.PHONY: help setup train test torture check bench format clean
+.PHONY: help setup train test torture check bench preflight-score format clean
 .NOTPARALLEL:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make torture  kill runs, fill and break disks, cut the power; figures go to bench/results"
 	@echo "make check    ruff, format, strict types, the laws"
 	@echo "make bench    run every benchmark; results go to bench/results"
+	@echo "make preflight-score  how many planted mistakes preflight finds, and how many right trainings it blames"
 	@echo "make format   put the source into the one form"
 	@echo "make setup    make .venv with all that the tests use"
 	@echo "make clean    remove caches; .venv and runs stay"
@@ -47,6 +48,9 @@ check: $(DEV)
 
 bench: $(DEV)
 	@for file in $(BENCHES); do $(BIN)/python $$file || exit 1; done
+
+preflight-score: $(DEV)
+	@$(BIN)/python bench/preflight.py
 
 format: $(DEV)
 	@$(BIN)/python -m ruff check --fix --quiet . || true

@@ -182,8 +182,8 @@ def gradients_reach(subject: Subject) -> Finding:
     gradients.clear(subject.model.parameters())
     if not missing:
         return passed(f"{len(names):,} of {len(names):,} learning parameters get one")
-    listed = _listed(name for name in names if name in missing)
-    said = f"{len(missing):,} of {len(names):,} learning parameters get none: {listed}"
+    said = f"{len(missing):,} of {len(names):,} learning parameters get none: "
+    said += listed(name for name in names if name in missing)
     fix = "use them in the forward, look for .detach() or torch.no_grad before the loss, or freeze.modules names them"
     return (error if len(missing) == len(names) else warning)(said, "one for each", fix)
 
@@ -197,10 +197,10 @@ def in_optimizer(subject: Subject) -> Finding:
     left_out = [name for name, p in subject.parameters if not counts.get(id(p))]
     twice = [name for name, p in subject.parameters if counts.get(id(p), 0) > 1]
     if left_out:
-        said = f"{len(left_out):,} of {len(subject.parameters):,} learning parameters are in none: {_listed(left_out)}"
+        said = f"{len(left_out):,} of {len(subject.parameters):,} learning parameters are in none: {listed(left_out)}"
         return warning(said, "each in one", "make the optimiser after the model's last change, of model.parameters()")
     if twice:
-        said = f"{len(twice):,} parameters are moved by two optimisers: {_listed(twice)}"
+        said = f"{len(twice):,} parameters are moved by two optimisers: {listed(twice)}"
         return warning(said, "each in one", "give each optimiser its own part of the model")
     return passed(f"each of {len(subject.parameters):,} once")
 
@@ -224,7 +224,7 @@ def registered(subject: Subject) -> Finding:
         for key, value in vars(module).items() if not key.startswith("_") and _holds_modules(value, known)
     ]  # fmt: skip
     if strange or hidden:
-        where = f" in {_listed(hidden)}" if hidden else f", the first of shape {tuple(strange[0].shape)}"
+        where = f" in {listed(hidden)}" if hidden else f", the first of shape {tuple(strange[0].shape)}"
         return warning(f"{max(1, len(strange))} tensors that want a gradient are no parameters of the model{where}",
                        "parameters", "nn.ModuleList or nn.ModuleDict for a list or dict of modules, nn.Parameter for a "
                        "tensor")  # fmt: skip
@@ -237,7 +237,7 @@ def _holds_modules(value: Any, known: set[int]) -> bool:
     return any(p.requires_grad and id(p) not in known for module in modules for p in module.parameters())
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     found = list(names)
     return ", ".join(found[:_MOST_NAMES]) + (f" and {len(found) - _MOST_NAMES:,} more" * (len(found) > _MOST_NAMES))
 
@@ -286,7 +286,7 @@ def inputs(subject: Subject) -> Finding:
     floating = [(key, t) for key, values in held.items() for t in values if t.is_floating_point() and t.numel()]
     broken = [key for key, t in floating if not bool(t.isfinite().all())]
     if broken and not all(bool(loss.isfinite()) for loss in subject.first_pass.losses.values()):
-        return error(f"{_listed(broken)}: {sum(int((~t.isfinite()).sum()) for _, t in floating):,} values of the first "
+        return error(f"{listed(broken)}: {sum(int((~t.isfinite()).sum()) for _, t in floating):,} values of the first "
                      "batch are not finite", "finite numbers", "fill them in or leave the samples out")  # fmt: skip
     whole = [t for values in held.values() for t in values if t.ndim and len(t) == subject.num_rows]
     if subject.num_rows >= 4 and whole and all(bool((t == t[:1]).all()) for t in whole):
@@ -341,13 +341,13 @@ def last_batch(subject: Subject) -> Finding:
 
 def evaluation_repeats(subject: Subject) -> Finding:
     """In eval mode the same samples give the same answer, whatever the generators stand at."""
-    outputs = _floating(subject.output)
+    outputs = floating(subject.output)
     if not outputs:
         return skipped("the model gives no floating tensors")
     with keyed_generators(1), evaluating(subject.model), gradients.none_needed():
-        again = _floating(subject.forward(subject.few))
-    apart = max((_distance(one, two) for one, two in zip(outputs, again, strict=False)), default=0.0)
-    if apart > _tolerance(subject):
+        again = floating(subject.forward(subject.few))
+    apart = max((distance(one, two) for one, two in zip(outputs, again, strict=False)), default=0.0)
+    if apart > tolerance(subject):
         return warning(f"two evaluations of the same samples differ by {apart:.2g} of their size", "equal outputs",
                        "F.dropout(x, p, self.training) in place of F.dropout(x, p); no noise in eval mode")  # fmt: skip
     return passed("twice the same")
@@ -356,7 +356,7 @@ def evaluation_repeats(subject: Subject) -> Finding:
 def samples_apart(subject: Subject) -> Finding:
     """A sample's answer in eval mode is a matter of that sample alone; batch statistics in training are another."""
     size = len(subject.few["index"])
-    outputs = [t for t in _floating(subject.output) if t.ndim and len(t) == size]
+    outputs = [t for t in floating(subject.output) if t.ndim and len(t) == size]
     if size < 2 or not outputs:
         return skipped("it takes two samples and an output for each")
     if any(isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None and not isinstance(
@@ -364,16 +364,16 @@ def samples_apart(subject: Subject) -> Finding:
         return skipped("the model normalises by the batch in eval mode too (track_running_stats=False)")
     if any(t.shape[1:2] == (size,) for t in outputs):
         with evaluating(subject.model), gradients.none_needed():
-            fewer = _floating(subject.forward(first_rows(subject.few, size - 1)))
+            fewer = floating(subject.forward(first_rows(subject.few, size - 1)))
         if any(t.shape[1:2] == (size - 1,) for t in fewer):
             return skipped("the output is a table of all pairs of samples")
     for row in (0, size - 1):
         # not only in another order: what is taken over all samples, as a mean, would be the same
         alone = taken_rows(subject.few, torch.full((size,), row))
         with evaluating(subject.model), gradients.none_needed():
-            others = [t for t in _floating(subject.forward(alone)) if t.ndim and len(t) == size]
-        apart = max((_distance(a[row], b[row]) for a, b in zip(outputs, others, strict=False)), default=0.0)
-        if apart > _tolerance(subject):
+            others = [t for t in floating(subject.forward(alone)) if t.ndim and len(t) == size]
+        apart = max((distance(a[row], b[row]) for a, b in zip(outputs, others, strict=False)), default=0.0)
+        if apart > tolerance(subject):
             return warning(f"with other samples beside it a sample's output changes by {apart:.2g} of its size",
                            "an output that depends on its own sample alone",
                            "look for view or reshape across dimension 0, softmax(dim=0), a mean over the batch, or "
@@ -381,21 +381,21 @@ def samples_apart(subject: Subject) -> Finding:
     return passed("a sample's output does not depend on the others")
 
 
-def _floating(output: Any) -> list[Tensor]:
+def floating(output: Any) -> list[Tensor]:
     parts = (
         vars(output) if not isinstance(output, Tensor | dict | list | tuple) and hasattr(output, "__dict__") else output
     )
     return [t.detach() for t in tensors_in(parts) if t.is_floating_point() and t.numel()]
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
+def distance(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape:
         return math.inf
     one, other = one.double(), other.double()
     return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12)) if one.numel() else 0.0
 
 
-def _tolerance(subject: Subject) -> float:
+def tolerance(subject: Subject) -> float:
     return 1e-4 if subject.prepared.precision == "fp32" else 0.05
 
 

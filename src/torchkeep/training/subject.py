@@ -173,6 +173,7 @@ class Subject:
         ``each`` is called with each loss before its backward.
         """
         gradients.clear(self.model.parameters())
+        vars(self).pop("output", None)  # batch statistics may move with it
 
         def take(loss: Tensor) -> None:
             if each is not None:

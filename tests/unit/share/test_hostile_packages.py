@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -401,7 +402,9 @@ def test_a_small_file_cannot_take_much_memory(place: Path, tmp_path: Path) -> No
     contents = contents_of(place, image_files(place), "convnet", args={"widths": [512]})
     good = write_package(contents, tmp_path / "good.tkp").path
     image, output = torch.zeros(1, 3, 1500, 1500, dtype=torch.uint8), torch.zeros(1, 2)
-    told = preprocess("schema/fields/image/shape", [3, 1500, 1500])
+    sizes = [put("schema/fields/image/shape", [3, 1500, 1500]), put("schema/preprocess/image_size", 1500),
+             put("settings/image_size", 1500)]  # fmt: skip
+    told = {"preprocess.json": lambda data: reduce(lambda held, change: change(held), sizes, data)}
     evil = changed(good, tmp_path / "a.tkp", {"selftest.safetensors": {"input/image": image, "output": output}, **told})
     with pytest.raises(PackageError, match="too much memory"):
         load_package(evil)

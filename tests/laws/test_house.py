@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 from source import ROOT, Module, read_house
 
-HOUSE_LINES = 27_000  # of code: data of four kinds, checkpoints and transfer take 16, monitoring 5, packages 5
+# of code: data of four kinds, checkpoints and transfer take 16, monitoring 5, packages 5, looking at a training 4
+HOUSE_LINES = 30_500
 FILE_LINES = 600
 FUNCTION_LINES = 90
 MEDIAN_BODY_LINES = 10

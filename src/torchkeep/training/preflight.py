@@ -104,6 +104,8 @@ def _checked(subject: Subject, name: str, check: Callable[[Subject], Finding]) -
     seed_all(subject.work.settings.seed)
     try:
         found = check(subject)
+    except NotImplementedError:  # a container of models, which a step of the user's own calls one by one
+        found = Finding("", "skipped", "the model has no forward of its own")
     except Exception as problem:  # whatever a model's code may raise: the training will say it in its own words
         said = str(problem).strip().partition("\n")[0][:200]
         found = Finding("", "skipped", f"it could not be looked at: {type(problem).__name__}: {said}")

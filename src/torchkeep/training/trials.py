@@ -40,7 +40,7 @@ _LEARNING_STEPS, _RATES = 60, (1e-2, 1e-3, 1e-4)
 _FALLEN = 0.95  # of the first loss; what learns at all gets far below it with so few samples
 _FEW_STEPS = 5
 _RANGE_STEPS, _RANGE_S = 30, 4.0
-_TAIL = 10
+_TAIL, _POINTS = 10, 60
 _SCALES_UP, _SCALES_DOWN = (1e2, 1e4, 1e6, 1e8, 1e10), (0.1, 1e-2, 1e-3, 1e-4)
 _NOTHING = 1e-4  # of what another rate gains in a few updates
 _DRAWN = 16  # numbers, all different, tell a drawn tensor from one that was made by a rule
@@ -357,9 +357,9 @@ def learning_rate(subject: Subject) -> Finding:
     if not math.isfinite(first):
         return skipped("the loss is not finite")
     said = f"at the run's highest rate, {format_number(max(tried.peaks))}, the loss of a few samples"
-    is_broken = not math.isfinite(own[-1])
-    if is_broken or (max(own) > first + 3 * size and statistics.median(own[-_TAIL:]) > first):
-        better = tried.lower_rate()
+    is_broken, end = not math.isfinite(own[-1]), statistics.median(own[-_TAIL:])
+    if is_broken or (max(own) > first + 3 * size and end > first - 0.5 * size):
+        better = tried.lower_rate((first if is_broken else end) - 0.25 * size)
         if is_broken or better:
             said += f", {format_number(first)}, is up to {format_number(max(own[1:]))} and at last {own[-1]:.3g}"
             return warning(said, "a loss that falls", f"optimizer.learning_rate = {better}, at which it does" if better
@@ -400,11 +400,10 @@ class _RangeTest:
             self.optimizer.state.clear()
             return _updates(self.subject, self.batch, self.optimizer, _RANGE_STEPS, prepare)
 
-    def lower_rate(self) -> str:
-        """A rate at which the loss falls clearly, where one is found in time."""
+    def lower_rate(self, below: float) -> str:
+        """A rate at which the loss falls below this, where one is found in time."""
         for scale in _SCALES_DOWN:
-            losses = self.losses(scale)
-            if losses[-1] < losses[0] - 0.1 * abs(losses[0]):
+            if self.losses(scale)[-1] < below:
                 return f"{max(self.peaks) * scale:.1g}"
         return ""
 
@@ -443,16 +442,14 @@ def _peaks(subject: Subject) -> list[float]:
     """The highest rate of each group over the whole run, as far as schedules tell beforehand."""
     optimizers = subject.prepared.optimizers
     groups = optimizers.main.param_groups
-    kept = [float(group["lr"]) for group in groups]
+    named = [max(float(group.get(key, 0)) for key in ("lr", "initial_lr", "max_lr")) for group in groups]
+    for group in groups:
+        group["lr"] = math.nan  # stays where no function of the step gives the rate
     seen = []
-    for step in np.linspace(0, optimizers.total_steps - 1, 60).round().astype(int).tolist():
+    for step in np.linspace(0, optimizers.total_steps - 1, _POINTS).round().astype(int).tolist():
         optimizers.set_rates(step)
         seen.append([float(group["lr"]) for group in groups])
-    found = np.max(seen, 0).tolist()
-    if len(set(map(tuple, seen))) > 1:
-        return [float(rate) for rate in found]
-    return [max(rate, own, float(group.get("initial_lr", 0)), float(group.get("max_lr", 0)))
-            for rate, own, group in zip(found, kept, groups, strict=True)]  # fmt: skip
+    return [rate if math.isfinite(rate) else own for rate, own in zip(np.max(seen, 0).tolist(), named, strict=True)]
 
 
 # --- activations

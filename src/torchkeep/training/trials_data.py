@@ -209,7 +209,7 @@ def _told_apart(clean: Tensor, changed: Tensor, labels: Tensor, fix: str) -> Fin
             f"augmented in {after:.0%}, by chance in {rate:.0%}")  # fmt: skip
     if before < rate + max(0.1, 6 * noise):
         return passed(f"{said}: these classes are not told apart so simply")
-    if after < rate + 2 * noise and after - rate < (before - rate) / 5:
+    if after < rate + 3 * noise and after - rate < (before - rate) / 5:
         return warning(said, "samples that still show what they are", fix)
     return passed(said)
 

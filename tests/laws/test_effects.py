@@ -51,7 +51,7 @@ def keyword(call: ast.Call, name: str) -> object:
 def backward_elsewhere(module: Module) -> Iterator[ast.AST]:
     if module.path == "gradients.py":
         return
-    own = {f"{name}.backward" for name in ("gradients", "context", "self", "subject")}  # names of the house that lead there
+    own = {f"{name}.backward" for name in ("gradients", "context", "self", "subject")}  # these lead there
     for node, name, last in calls(module):
         is_method = last == "backward" and "." in name and name not in own
         if is_method or re.search(r"(^|\.)autograd\.(grad|backward)$", name):

@@ -299,43 +299,42 @@ def micro_batches(subject: Subject) -> Finding:
     hindrance = _hindrance(subject)
     if hindrance is not None or size < 2:
         return hindrance or skipped("it takes two samples")
-    middle = max(1, size // 3)
-    alone = [float(_count(subject, taken_rows(subject.few, torch.tensor([row])))) for row in range(size)]
+    middle, few = max(1, size // 3), subject.few
+    alone = [float(_count(subject, taken_rows(few, torch.tensor([row])))) for row in range(size)]
     order = torch.tensor(alone).argsort()  # as unequal as they can be
-    parts = [taken_rows(subject.few, order[slice(*span)]) for span in ((0, middle), (middle, size))]
+    parts = [taken_rows(few, order[slice(*span)]) for span in ((0, middle), (middle, size))]
+    counts = [_count(subject, part) for part in parts]
     with untouched(subject.model), evaluating(subject.model):
-        whole_, again = (_gradient(subject, [subject.few]) for _ in range(2))
-        in_parts = _gradient(subject, parts)
-    norm = whole_.norm().clamp(min=1e-12)
-    noise, apart = (float((other - whole_).norm() / norm) for other in (again, in_parts))
-    tolerance = 1e-3 if subject.prepared.precision == "fp32" else 0.1
-    said = f"the gradient of {middle} and {size - middle} samples is that of {size} to {apart:.1g} of its size"
-    if apart <= tolerance:
-        return passed(said)
-    if noise > tolerance:
-        return skipped("two gradients of the same samples differ")
-    said = (
-        f"the gradient of {middle} and {size - middle} samples is not that of {size}: they are {apart:.2g} of it apart"
-    )
+        at_once = _gradient(subject, few)
+        pieces = [_gradient(subject, p, c / sum(counts)) for p, c in zip(parts, counts, strict=True)]
+        apart, tolerance = _apart(at_once, pieces), 1e-3 if subject.prepared.precision == "fp32" else 0.1
+        said = f"the gradients of {middle} and {size - middle} samples make that of {size}"
+        if apart <= tolerance:
+            return passed(f"{said}, to {apart:.1g} of their size")
+        if not _apart(at_once, [_gradient(subject, few)]) <= tolerance:
+            return skipped("two gradients of the same samples differ")
+    said = f"{said.replace('make', 'do not make')}: they are {apart:.2g} of their size apart"
     if subject.work.settings.train.accumulate == 1:
         return skipped(f"{said}, which is of no account without train.accumulate")
     return warning(said, "the same gradient", 'a loss that is a mean over its targets: no reduction="sum", no mean '
                    "over padding, nothing that compares samples; or train.accumulate = 1")  # fmt: skip
 
 
-def _gradient(subject: Subject, batches: list[Batch]) -> Tensor:
-    """The gradient as a step of several micro-batches makes it, as one vector of all parameters."""
-    counts = [_count(subject, batch) for batch in batches]
-    total = sum(counts[1:], counts[0])
-    summed: dict[str, Tensor] = {}
-    for batch, count in zip(batches, counts, strict=True):
-        subject.backward(batch)
-        for name, parameter in subject.parameters:
-            if parameter.grad is not None:
-                summed[name] = summed.get(name, 0) + parameter.grad.to_dense().double() * (count / total)
+def _gradient(subject: Subject, batch: Batch, share: Any = 1) -> dict[str, Tensor]:
+    """The gradient of a batch, times its share of the targets, by parameter."""
+    subject.backward(batch)
+    found = {name: p.grad.to_dense().float() * share for name, p in subject.parameters if p.grad is not None}
     gradients.clear(subject.model.parameters())
-    zeros = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in subject.parameters}
-    return torch.cat([grad.flatten() for grad in (zeros | summed).values()])
+    return found
+
+
+def _apart(at_once: dict[str, Tensor], pieces: list[dict[str, Tensor]]) -> float:
+    """How far the pieces' sum is from the whole, in sizes of the pieces: they cancel out where all is learned."""
+    names = at_once.keys() | {name for piece in pieces for name in piece}
+    none = torch.zeros(())
+    rest = [sum((piece.get(name, none) for piece in pieces), -at_once.get(name, none)) for name in names]
+    size = sum(float(nn.utils.get_total_norm(piece.values())) for piece in pieces)
+    return float(nn.utils.get_total_norm(rest)) / max(size, 1e-12)
 
 
 def _count(subject: Subject, batch: Batch) -> Any:

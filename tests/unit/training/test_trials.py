@@ -334,6 +334,16 @@ def test_a_mean_over_unequal_tokens() -> None:
     assert verdict("micro-batches", model, data, loss=over_all, **given) == "warning"
 
 
+def test_gradients_that_cancel_out_are_not_apart() -> None:
+    x = drawn(1, 32, 1)
+    data, model = tk.Arrays(x=torch.cat([x, x]), target=torch.cat([1e3 + x, 1e3 - x])), nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.fill_(1e3)  # the best that there is
+    given = {"batch_size": 64, "inputs": "x", "loss": "mse", "settings": {"train": {"threads": 1, "accumulate": 2}}}
+    assert verdict("micro-batches", model, data, **given) == "passed"
+
+
 # --- the learning rate
 
 
@@ -411,3 +421,10 @@ def test_a_step_with_several_losses_is_let_alone() -> None:
 
     checks = ("one batch learned", "learning rate", "micro-batches", "activations", "save and load")
     assert {verdict(check, model, step=step, optimizer=optimizers) for check in checks} == {"skipped"}
+
+
+def test_without_time_nothing_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchkeep.training.preflight._TRIAL_S", 0.0)
+    given = {"loss": lambda output, label: F.cross_entropy(output * 0, label), "learning_rate": 1e-12}
+    assert found("one batch learned", **given).found.startswith("no time")
+    assert found("learning rate", **given).found.startswith("no time")

@@ -37,6 +37,7 @@ from material import (
     series,
     written,
 )
+from overlooked import OVERLOOKED
 from torch import Tensor, nn
 
 import torchkeep as tk
@@ -550,7 +551,7 @@ RECIPES = [
     Case("photographs validated on one class", _bees_only, ("classes",), needs=("data/hymenoptera",)),
 ]
 
-PLANTED = [*LOSS, *LEARNS, *MIXED, *SAMPLES, *BEGINNINGS, *RECIPES]
+PLANTED = [*LOSS, *LEARNS, *MIXED, *SAMPLES, *BEGINNINGS, *RECIPES, *OVERLOOKED]
 
 NOT_FOUND: dict[str, str] = {}
 """Cases that no check finds, and why; one in twenty at most."""

@@ -302,7 +302,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(desk: A
     desk.write_table()
     desk.write("nets.py", NETS)
     said = desk.say("train", "table.toml", "--set", "train.epochs=3", *set_all(edits))
-    only_error(said, "NonFiniteLossError", f"where:    step {step}", "samples", "checkpoint stays")
+    only_error(said, "NonFiniteLossError", f"where:    step {step}", "samples", "last good checkpoint")
     assert said.code == 1
     ids = said.err.split("got:      samples ")[1].splitlines()[0].split(", ")
     assert len(ids) == 8

@@ -112,9 +112,12 @@ def test_a_package_says_the_labels_of_its_run(pictures: Any, run: Path) -> None:
     assert [said.probability for said in found] == pytest.approx(wanted, abs=1e-5)
 
 
+_TIMES = 60  # the pictures again and again: a job that is still under way when it is ended
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_a_job_that_was_killed_goes_on_to_the_same_bytes(pictures: Any, run: Path, ending: signal.Signals) -> None:
-    words = ("predict", run, *["pictures"] * 20, "--batch-size", "1", "-o")
+    words = ("predict", run, *["pictures"] * _TIMES, "--batch-size", "1", "-o")
     job = pictures.start(*words, "out.csv")
     pictures.wait_for(".out.csv.part", job)
     part = pictures.folder / ".out.csv.part"
@@ -131,5 +134,5 @@ def test_a_job_that_was_killed_goes_on_to_the_same_bytes(pictures: Any, run: Pat
     assert "rows were finished before" in again.err
     assert pictures.say(*words, "whole.csv").code == 0
     assert Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()
-    assert len(table_of(Path("out.csv").read_text())) == 20 * NUM_PICTURES
+    assert len(table_of(Path("out.csv").read_text())) == _TIMES * NUM_PICTURES
     assert not part.exists()

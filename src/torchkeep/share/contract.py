@@ -87,7 +87,7 @@ class Asked:
     def forward(self, batch: Batch) -> Tensor:
         """The prediction as the model gives it, on the device."""
         call = self._bound(batch)
-        got, expected = misfit(self.contract.schema, batch)
+        got, expected = misfit(self.contract.schema, batch, like_first=False)
         if got:
             raise ModelError("this batch is not as the model was made for", where=type(self.model).__name__, got=got,
                              expected=expected)  # fmt: skip

@@ -34,6 +34,7 @@ _LINEAR = ("Addmm", "Mm", "Convolution", "Relu", "Softmax")
 _MOST_NAMES = 4
 _SHORT_S = 0.2
 _MOST_BATCHES = 64
+_SHORTEST = 4
 
 
 # --- the loss
@@ -108,12 +109,63 @@ def probabilities_twice(subject: Subject) -> Finding:
                 f"the loss takes the {takes} of what has been through {maker.lower()} already",
                 "logits as the last layer gives them", f"leave out the model's last {maker.lower()}",
             )  # fmt: skip
+        if name == "BinaryCrossEntropy" and maker == "Softmax" and _has_several(subject.targets):
+            return warning(
+                "several classes of a sample are true, and softmax lets them add up to 1", "each class by itself",
+                "sigmoid in its place, or logits and BCEWithLogitsLoss",
+            )  # fmt: skip
         if name.startswith("NllLoss") and maker in _LINEAR:
             return warning(
                 f"the negative log-likelihood is taken of what {maker.lower()} gives", "log-probabilities",
                 "cross_entropy in its place, or log_softmax at the end of the model",
             )  # fmt: skip
     return passed("the loss gets what it takes")
+
+
+def _has_several(target: Any) -> bool:
+    """Whether some sample has another number of true classes than one."""
+    return isinstance(target, Tensor) and target.ndim == 2 and bool((target.float().sum(1).round() != 1).any())
+
+
+def sequence(subject: Subject) -> Finding:
+    """A class for each place of a sequence: not the input itself, not seen ahead, and each met by its own output."""
+    target, binding = subject.targets, subject.binding
+    is_sequence = isinstance(target, Tensor) and target.ndim == 2 and not target.is_floating_point()
+    output = prediction_of(subject.output) if is_sequence and not binding.makes_own_loss() else None
+    if not isinstance(output, Tensor) or output.ndim != 3 or target.shape[1] < _SHORTEST:
+        return skipped("no class is predicted for each place of a sequence")
+    same = {key: subject.few[key] for key in binding.keys if getattr(subject.few.get(key), "shape", ()) == target.shape}
+    for key, given in same.items():
+        if torch.equal(given, target) and subject.work.targets is None:
+            return warning(f"the target is {key} itself", "what is not known yet: the next one, or one left out",
+                           "shift it by one, target[:, :-1] = input[:, 1:]")  # fmt: skip
+        if torch.equal(given[:, 1:], target[:, :-1]) and _sees_ahead(subject, key, output):
+            return warning(f"the output at earlier places changes with the last of {key}", "an output that knows what "
+                           "came before it alone", "a causal mask: is_causal=True in the attention")  # fmt: skip
+    return _places_apart(subject, output, target)
+
+
+def _sees_ahead(subject: Subject, key: str, output: Tensor) -> bool:
+    changed = subject.few[key].clone()
+    changed[:, -1] = changed[:, 0].where(changed[:, 0] != changed[:, -1], changed[:, 1])
+    with evaluating(subject.model), gradients.none_needed():
+        other = prediction_of(subject.forward({**subject.few, key: changed}))
+    axis = 1 if classes_are_last(output, subject.targets) else 2
+    before, after = (held.narrow(axis, 0, held.shape[axis] - 1) for held in (output, other))
+    return distance(before, after) > tolerance(subject)
+
+
+def _places_apart(subject: Subject, output: Tensor, target: Tensor) -> Finding:
+    """Places in another order, outputs and targets together, have the same loss: else they do not meet."""
+    if subject.objective.name != "own":
+        return passed("each place has its own target")
+    axis = 1 if classes_are_last(output, target) else 2
+    own, other = (float(subject.objective(o, t)) for o, t in ((output, target), (output.flip(axis), target.flip(1))))
+    if abs(own - other) > 1e-3 * abs(own):  # rounding alone changes a mean by less
+        return warning(f"the loss is {format_number(own)}, with all places turned around {format_number(other)}",
+                       "the same: each place has its own output and target", "transpose(1, 2) in place of view or "
+                       "reshape, before cross_entropy")  # fmt: skip
+    return passed("each place has its own target")
 
 
 def broadcast(subject: Subject) -> Finding:
@@ -180,6 +232,11 @@ def gradients_reach(subject: Subject) -> Finding:
         if not missing or subject.is_late:
             break
     gradients.clear(subject.model.parameters())
+    broken = subject.first_pass.not_finite
+    if broken:
+        return error(f"that of {listed(name for name in names if name in broken)} is not finite", "finite numbers",
+                     "tk.trace_backward(model, batch) names the operation: a root or a norm at 0, a division by 0",
+                     )  # fmt: skip
     if not missing:
         return passed(f"{len(names):,} of {len(names):,} learning parameters get one")
     said = f"{len(missing):,} of {len(names):,} learning parameters get none: "
@@ -225,7 +282,8 @@ def registered(subject: Subject) -> Finding:
     ]  # fmt: skip
     if strange or hidden:
         where = f" in {listed(hidden)}" if hidden else f", the first of shape {tuple(strange[0].shape)}"
-        return warning(f"{max(1, len(strange))} tensors that want a gradient are no parameters of the model{where}",
+        count = max(1, len(strange))
+        return warning(f"{count} tensor{'s' * (count > 1)} with a gradient and no parameter of the model{where}",
                        "parameters", "nn.ModuleList or nn.ModuleDict for a list or dict of modules, nn.Parameter for a "
                        "tensor")  # fmt: skip
     return passed("all that learns is a parameter of the model")
@@ -374,6 +432,8 @@ def samples_apart(subject: Subject) -> Finding:
             others = [t for t in floating(subject.forward(alone)) if t.ndim and len(t) == size]
         apart = max((distance(a[row], b[row]) for a, b in zip(outputs, others, strict=False)), default=0.0)
         if apart > tolerance(subject):
+            if evaluation_repeats(subject).is_blamed:
+                return skipped("two evaluations of the same samples differ")
             return warning(f"with other samples beside it a sample's output changes by {apart:.2g} of its size",
                            "an output that depends on its own sample alone",
                            "look for view or reshape across dimension 0, softmax(dim=0), a mean over the batch, or "
@@ -411,7 +471,7 @@ def disk(subject: Subject, place: Path | None) -> Finding:
         with tempfile.TemporaryFile(dir=parent):
             free = shutil.disk_usage(parent).free
     except OSError as refused:
-        return error(f"{parent}: {refused.strerror or refused}", "a folder that can be written to", "--run-dir DIR")
+        return warning(f"{parent}: {refused.strerror or refused}", "a folder that can be written to", "--run-dir DIR")
     kept = subject.work.settings.checkpoint
     count = kept.keep_last + kept.keep_best + 1  # one is written before another goes
     one = _state_bytes(subject)
@@ -456,7 +516,8 @@ def _free_bytes(device: torch.device) -> int:
 QUICK: dict[str, Callable[[Subject], Finding]] = {
     "optimiser": in_optimizer, "labels": labels, "inputs": inputs, "first loss": first_loss,
     "loss attached": loss_attached, "gradients": gradients_reach, "registered": registered,
-    "probabilities twice": probabilities_twice, "broadcast": broadcast, "evaluation repeats": evaluation_repeats,
-    "samples apart": samples_apart, "last batch": last_batch, "time and memory": time_and_memory,
+    "probabilities twice": probabilities_twice, "broadcast": broadcast, "sequence": sequence,
+    "evaluation repeats": evaluation_repeats, "samples apart": samples_apart, "last batch": last_batch,
+    "time and memory": time_and_memory,
 }  # fmt: skip
 """The checks of every training by name, the cheapest first; "disk" wants a folder beside."""

@@ -74,14 +74,17 @@ def _differences(saved: Json, now: Json) -> list[tuple[str, Json, Json, str]]:
 _ANEW = "a new run with model.weights = this run's folder, or go on all the same: --allow-change data"
 
 
-def misfit(schema: Schema, batch: Batch, types: dict[str, str] | None = None) -> tuple[str, str]:
+def misfit(
+    schema: Schema, batch: Batch, types: dict[str, str] | None = None, *, like_first: bool = True
+) -> tuple[str, str]:
     """The inputs of a batch that are not as the schema has them, in words, and what it has; empty where all fit.
 
     Only what is known is held against it: an axis that is fixed, whole numbers in place of floating ones. ``types``
-    are those that the inputs had at first.
+    are those that the inputs had at first. A tensor of no kind is known by the first sample alone: its axes count where
+    all should be ``like_first``.
     """
-    known = types or {}
-    wrong = [name for name in schema.inputs if name in batch and not _fits(schema[name], batch[name], known.get(name))]
+    known, names = types or {}, [n for n in schema.inputs if like_first or schema[n].kind != "tensor"]
+    wrong = [name for name in names if name in batch and not _fits(schema[name], batch[name], known.get(name))]
     taken = (f"{name} {known.get(name, schema[name].kind)} {axes_text(schema[name])}" for name in wrong)
     return batch_text({name: batch[name] for name in wrong}), "; ".join(taken)
 

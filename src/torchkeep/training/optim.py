@@ -168,7 +168,7 @@ class Optimizers:
         self.scaler = scaler
         self._factor = factor
         self.total_steps = total_steps
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._wants_metric = scheduler is not None and "metrics" in inspect.signature(scheduler.step).parameters
         # ReduceLROnPlateau watches evaluations, of which an epoch has one
         self._every = "epoch" if self._wants_metric else scheduler_every
@@ -185,6 +185,11 @@ class Optimizers:
     def main(self) -> torch.optim.Optimizer:
         return next(iter(self.by_name.values()))
 
+    @property
+    def steps_scheduler(self) -> bool:
+        """Whether a scheduler object counts steps, not epochs."""
+        return self._every == "step"
+
     def set_rates(self, step: int) -> None:
         """Assign the rates for the update after ``step`` updates."""
         if self._factor is None:
@@ -195,29 +200,29 @@ class Optimizers:
 
     def after_step(self) -> None:
         """Advance a scheduler object that counts steps."""
-        if self._scheduler is not None and self._every == "step":
+        if self.scheduler is not None and self._every == "step":
             self._used = self._current()
-            self._scheduler.step()
+            self.scheduler.step()
 
     def after_epoch(self, measured: dict[str, float], best_metric: str | None) -> None:
         """Advance a scheduler object that counts epochs, or one that watches a metric.
 
         One that watches gets the metric that picks the best where that counts the same way, else a loss.
         """
-        if self._scheduler is None or self._every != "epoch":
+        if self.scheduler is None or self._every != "epoch":
             return
         if not self._wants_metric:
-            self._scheduler.step()
+            self.scheduler.step()
             return
-        mode = getattr(self._scheduler, "mode", "min")
+        mode = getattr(self.scheduler, "mode", "min")
         tags = [tag for tag in (best_metric, "valid/loss", *measured) if tag in measured and better_mode(tag) == mode]
         if tags:
-            self._scheduler.step(measured[tags[0]])
+            self.scheduler.step(measured[tags[0]])
 
     def _keep_changed(self, name: str, before: list[dict[str, Any]]) -> None:
         for group, old, new in zip(self.by_name[name].param_groups, before, self._configured[name], strict=True):
             changed = {key: value for key, value in new.items() if key in old and old[key] != value}
-            if self._scheduler is not None:
+            if self.scheduler is not None:
                 changed.pop("lr", None)  # where the rate stands is the scheduler's state
             group.update(changed)
             if "lr" in changed and "initial_lr" in group:
@@ -236,7 +241,7 @@ class Optimizers:
         return {
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.by_name.items()},
             "configured": self._configured,
-            "scheduler": _plain_state(self._scheduler) if self._scheduler is not None else None,
+            "scheduler": _plain_state(self.scheduler) if self.scheduler is not None else None,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
 
@@ -259,8 +264,8 @@ class Optimizers:
                 ) from error
         for name, before in state["configured"].items():
             self._keep_changed(name, before)
-        if self._scheduler is not None and state["scheduler"] is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self._scheduled = [

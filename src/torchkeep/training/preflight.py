@@ -165,6 +165,6 @@ def refuse_errors(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.verdict == "error":
             raise PreflightError(
-                "nothing can be learned so", where=f"preflight: {finding.check}", got=finding.found,
+                "this training would come to nothing", where=f"preflight: {finding.check}", got=finding.found,
                 expected=finding.expected, fix=f"{finding.fix}; --preflight off begins all the same",
             )  # fmt: skip

@@ -422,7 +422,8 @@ class Prepared:
                 where="optimizer",
                 got=f"{len(strange)} parameters, first of shape {tuple(strange[0].shape)}",
                 expected="parameters of the model, or of a loss or step that is an nn.Module",
-                fix="make them part of the model, of a loss module, or of a step with state_dict()",
+                fix="make the optimiser after the model's last change; or make them part of the model, of a loss "
+                "module, or of a step with state_dict()",
             )
 
     def _choose_fused(self) -> bool:

@@ -75,6 +75,7 @@ class FirstPass:
     seconds: float = 0.0
     activation_bytes: int = 0
     without_gradient: set[str] = field(default_factory=set)
+    not_finite: set[str] = field(default_factory=set)
 
 
 class Subject:
@@ -204,6 +205,8 @@ class Subject:
             torch.cuda.synchronize(self.prepared.device)
         seen.seconds, seen.activation_bytes = time.perf_counter() - began, sum(held.values())
         seen.without_gradient = {name for name, p in self.parameters if p.grad is None}
+        found = {name: p.grad for name, p in self.parameters if p.grad is not None}
+        seen.not_finite = {name for name, grad in found.items() if not bool(grad.to_dense().isfinite().all())}
         gradients.clear(self.model.parameters())
         return seen
 

@@ -6,6 +6,7 @@ Whatever a check moves is put back after it; within a check, what several traini
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import statistics
@@ -34,7 +35,7 @@ from .device import autocast
 from .objective import classes_are_last
 from .recipe import Recipe
 from .subject import Finding, Subject, error, first_rows, passed, skipped, taken_rows, warning
-from .trials_data import augmentation, classes, splits_apart
+from .trials_data import augmentation, classes, leak, samples, splits_apart
 
 _LEARNING_STEPS, _RATES = 60, (1e-2, 1e-3, 1e-4)
 _FALLEN = 0.95  # of the first loss; what learns at all gets far below it with so few samples
@@ -45,6 +46,7 @@ _SCALES_UP, _SCALES_DOWN = (1e2, 1e4, 1e6, 1e8, 1e10), (0.1, 1e-2, 1e-3, 1e-4)
 _NOTHING = 1e-4  # of what another rate gains in a few updates
 _DRAWN = 16  # numbers, all different, tell a drawn tensor from one that was made by a rule
 _SLOPE = 1e-5
+_MUCH_BETTER, _ALL_BUT_NOTHING = 2.5, 0.01
 
 
 # --- a little training
@@ -355,6 +357,9 @@ def learning_rate(subject: Subject) -> Finding:
     first, size = own[0], max(abs(own[0]), 0.1)
     if not math.isfinite(first):
         return skipped("the loss is not finite")
+    early = _ends_early(subject)
+    if early:
+        return early
     said = f"at the run's highest rate, {format_number(max(tried.peaks))}, the loss of a few samples"
     is_broken, end = not math.isfinite(own[-1]), statistics.median(own[-_TAIL:])
     if is_broken or (max(own) > first + 3 * size and end > first - 0.5 * size):
@@ -364,6 +369,12 @@ def learning_rate(subject: Subject) -> Finding:
             return warning(said, "a loss that falls", f"optimizer.learning_rate = {better}, at which it does" if better
                            else "a far lower optimizer.learning_rate; look at the size of the inputs")  # fmt: skip
     elif min(own[-_TAIL:]) < first - 0.01 * size:
+        lower = tried.losses(0.1)
+        if lower[0] - min(lower[-_TAIL:]) > _MUCH_BETTER * (first - min(own[-_TAIL:])):
+            ends = [format_number(min(losses[-_TAIL:])) for losses in (own, lower)]
+            said += f" falls from {format_number(first)} to {ends[0]}, at a tenth of it to {ends[1]}"
+            fix = f"optimizer.learning_rate = {max(tried.peaks) / 10:.1g}, or a warm-up"
+            return warning(said, "a loss that falls as far as it can", fix)
         return passed(f"{said} falls from {format_number(first)} to {format_number(min(own[-_TAIL:]))}")
     if len(own) < _RANGE_STEPS:
         return skipped(f"no time: {len(own)} updates are too few to tell")
@@ -371,6 +382,32 @@ def learning_rate(subject: Subject) -> Finding:
         return warning(f"{said} rises from {format_number(first)} to {format_number(own[-1])}, and at lower rates too",
                        "a loss that falls", "maximize=False, or the loss's other sign")  # fmt: skip
     return tried.too_low(own) or passed(f"{said} stays about {format_number(first)}")
+
+
+def _ends_early(subject: Subject) -> Finding | None:
+    """What to say of a schedule that has all but ended the training when three quarters of it are left."""
+    early = subject.prepared.total_steps // 4
+    rates = [_rate_at(subject, step) for step in (early, 2 * early)]
+    peak = _peaks(subject)[0]
+    if not early or any(rate is None or rate >= _ALL_BUT_NOTHING * peak for rate in rates):
+        return None
+    return warning(f"after a quarter of the {subject.prepared.total_steps:,} steps the rate is {rates[0]:.1g}, from "
+                   f"{peak:.1g}", "a rate at which something is learned until the end",
+                   'schedule_every="epoch", or a schedule over all steps')  # fmt: skip
+
+
+def _rate_at(subject: Subject, step: int) -> float | None:
+    """The first group's rate then; None where a scheduler object has no formula for it."""
+    optimizers = subject.prepared.optimizers
+    if optimizers.scheduler is None:
+        optimizers.set_rates(step)
+        rate = float(optimizers.main.param_groups[0]["lr"])
+        return rate if math.isfinite(rate) else None  # no function of the step has given it
+    if not hasattr(optimizers.scheduler, "_get_closed_form_lr"):
+        return None
+    ahead = copy.copy(optimizers.scheduler)
+    ahead.last_epoch = step if optimizers.steps_scheduler else step // subject.prepared.steps_per_epoch
+    return float(ahead._get_closed_form_lr()[0])
 
 
 class _RangeTest:
@@ -508,7 +545,8 @@ def _slope(module: nn.Module, given: Tensor) -> float:
 
 TRIALS: dict[str, Callable[[Subject], Finding]] = {
     "one batch learned": one_batch_learned, "output follows input": output_follows_input,
-    "splits apart": splits_apart, "classes": classes, "augmentation": augmentation, "save and load": save_and_load,
+    "splits apart": splits_apart, "samples": samples, "classes": classes,
+    "leak": leak, "augmentation": augmentation, "save and load": save_and_load,
     "micro-batches": micro_batches, "learning rate": learning_rate, "activations": activations,
 }  # fmt: skip
 """The checks that train a little or look through the data, by name; each is undone before the next."""

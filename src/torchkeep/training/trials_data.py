@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,21 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import gradients
 from ..chance import ChanceKey, epoch_order
-from ..contracts import Batch
+from ..contracts import INDEX, Batch
 from ..data.arrays import Arrays
 from ..data.contents import Split, looked_at, read_split
 from ..data.dataset import whole
 from ..data.foreign import Foreign
+from ..data.reading import foreign_of, tensors_in
 from ..data.samples import stack
 from ..data.streams import Stream
 from ..data.survey import listed
+from ..data.tables import Table
+from ..model.freeze import evaluating
 from ..watch.console import format_number
-from .subject import Finding, Subject, passed, skipped, warning
+from .subject import Finding, Subject, error, passed, skipped, warning
 
 _MOST, _AT_ONCE, _READ_S = 5_000, 250, 4.0
 _LEAST_SHARE, _LEAST_COPIES = 0.01, 3
 _UNLIKELY = 1e-3
+_FAR, _LEAST_ROWS = 5.0, 50  # deviations; rows
 _MANY = 100  # samples of a class in the mean: then one that has a single sample is an accident
 _COMPARED, _SIDE = 256, 8
 _FADED = 0.05  # of the contrast that was there
@@ -65,7 +71,8 @@ def splits_apart(subject: Subject) -> Finding:
         return skipped("no sample could be read")
     counts = Counter(train)
     shared = sum(digest in counts for digest in valid)
-    by_chance = len(valid) * sum(count for count in counts.values() if count > 1) / len(train)
+    doubles = sum(count for count in counts.values() if count > 1) / len(train)
+    by_chance = len(valid) * doubles if _may_repeat(subject) else 0.0
     is_all = (len(train), len(valid)) == (len(work.train), len(work.valid))
     said = f"{shared:,} of {len(valid):,} samples of valid are in train" + (
         "" if is_all else f", as far as {len(train):,} of {len(work.train):,} samples of train tell"
@@ -77,6 +84,126 @@ def splits_apart(subject: Subject) -> Finding:
                        "them; data.valid_fraction cuts the training split in two; data.split_by keeps groups together",
                        )  # fmt: skip
     return passed(said)
+
+
+def _may_repeat(subject: Subject) -> bool:
+    """Whether two samples may be equal by chance: rows of a table, texts, a few numbers; not pictures or sounds."""
+    keys = subject.binding.keys
+    kinds = {field.kind for key in keys if (field := subject.prepared.schema.fields.get(key)) is not None}
+    if isinstance(whole(subject.work.train), Table) or "tokens" in kinds:
+        return True
+    given = [t for key in keys for t in tensors_in(subject.batch.get(key)) if t.is_floating_point()]
+    return not kinds & {"image", "audio"} and all(len(torch.unique(t)) < t.numel() / 2 for t in given)
+
+
+# --- what is in the samples
+
+
+def samples(subject: Subject) -> Finding:
+    """All samples are finite, stay what they are, and those of valid lie where those of train lie."""
+    work = subject.work
+    if isinstance(whole(work.train), Stream) or subject.work.step is not None:
+        return skipped("it takes samples that are known by their number, and a loss of torchkeep's own step")
+    if _changes(work.train):
+        return warning("a sample that is read twice is another one", "the same sample each time",
+                       "work on a copy in __getitem__: x = x - mean in place of x -= mean")  # fmt: skip
+    seen = {"train": _Moments(subject.binding.keys)}
+    loaders = {"train": subject.prepared.shuffled_loader()}
+    if work.valid is not None and not isinstance(whole(work.valid), Stream):
+        seen["valid"] = _Moments(subject.binding.keys)
+        loaders["valid"] = subject.prepared.evaluation_loader(work.valid)
+    for name, loader in loaders.items():
+        with contextlib.closing(loader):
+            broken = _first_broken(subject, loader, seen[name])
+        if broken:
+            return error(f"{name}, {broken}", "finite numbers", "fill them in, or leave the samples out")
+    return _alike(seen)
+
+
+def _changes(data: Any) -> bool:
+    """Whether a dataset writes to what it holds: without a draw, a sample is another one the second time."""
+    foreign = foreign_of(data)
+    if foreign is None or foreign.draws:
+        return False
+    one = [tensor.clone() for tensor in tensors_in(foreign.read(0, ChanceKey()))]
+    other = list(tensors_in(foreign.read(0, ChanceKey())))
+    return any(a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num())
+               for a, b in zip(one, other, strict=False))  # fmt: skip
+
+
+class _Moments:
+    """The mean and the spread of each floating input over all that was read."""
+
+    def __init__(self, keys: list[str]):
+        self._keys = keys
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, batch: Batch) -> None:
+        for key in self._keys:
+            for tensor in tensors_in(batch.get(key)):
+                if tensor.is_floating_point() and tensor.numel():
+                    held = tensor.detach().double()
+                    found = torch.stack([torch.ones_like(held).sum(), held.sum(), held.square().sum()])
+                    self.sums[key] = self.sums.get(key, torch.zeros_like(found)) + found
+
+    def of(self, key: str) -> tuple[float, float]:
+        count, total, squares = self.sums[key].tolist()
+        mean = total / count
+        return mean, max(0.0, squares / count - mean**2) ** 0.5
+
+
+def _first_broken(subject: Subject, loader: Any, moments: _Moments) -> str:
+    """The first samples that are not finite and make the loss so; empty where there are none in the time there is."""
+    end = time.perf_counter() + _READ_S / 2
+    for raw in loader:
+        batch = subject.prepared.mover(raw)
+        moments.add(batch)
+        held = {key: list(tensors_in(batch.get(key))) for key in (*subject.binding.keys, *subject.binding.targets)}
+        wrong = [t for tensors in held.values() for t in tensors if t.is_floating_point() and not t.isfinite().all()]
+        if wrong:
+            rows = (~wrong[0].isfinite()).flatten(1).any(1) if wrong[0].ndim > 1 else ~wrong[0].isfinite()
+            with evaluating(subject.model), gradients.none_needed():
+                is_harmless = bool(subject.loss(batch).isfinite())
+            if not is_harmless:
+                return f"sample {listed([str(n) for n in batch[INDEX][rows.cpu()].tolist()])}: not finite"
+        if time.perf_counter() > end:
+            break
+    return ""
+
+
+def _alike(seen: dict[str, _Moments]) -> Finding:
+    train, valid = seen["train"], seen.get("valid")
+    for key in valid.sums if valid is not None else ():
+        if key not in train.sums or valid is None:
+            continue
+        (mean, spread), (other, others) = train.of(key), valid.of(key)
+        if abs(other - mean) > _FAR * max(spread, 1e-6) or others > _FAR * max(spread, 1e-6):
+            said = f"{key}: mean {format_number(other)}, deviation {format_number(others)} in valid, "
+            said += f"{format_number(mean)} and {format_number(spread)} in train"
+            return warning(said, "one scale", "bring both splits to it by the mean and deviation of train")
+    return passed("finite" + (", and of one scale in both splits" if valid is not None else ""))
+
+
+def leak(subject: Subject) -> Finding:
+    """No column of a table tells two classes apart all by itself: what does is mostly known only afterwards."""
+    table, train = whole(subject.work.train), subject.work.train
+    labels = getattr(train, "labels", None)
+    if not isinstance(table, Table) or labels is None or len(np.unique(labels)) != 2 or len(labels) < _LEAST_ROWS:
+        return skipped("it takes a table with two classes")
+    batch = train.read_batch(np.arange(len(train)), ChanceKey()) or {}
+    numbers, first = batch.get("numbers"), torch.from_numpy(labels == labels.min())
+    if not isinstance(numbers, Tensor):
+        return skipped("the table has no numbers")
+    for column in range(numbers.shape[1]):
+        low, high = numbers[first, column], numbers[~first, column]
+        if min(len(low), len(high)) < _LEAST_ROWS / 5 or not len(low):
+            break
+        if low.max() < high.min() or high.max() < low.min():
+            name = table.encoding.numbers[column] if column < len(table.encoding.numbers) else f"number {column}"
+            said = f"{name} alone tells both classes apart in all {len(labels):,} rows"
+            fix = f'data.drop = ["{name}"], if it follows from the target'
+            return warning(said, "columns that are known before the answer is", fix)
+    return passed("no column tells the classes by itself")
 
 
 # --- classes

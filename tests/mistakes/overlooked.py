@@ -105,7 +105,7 @@ def _read(model: nn.Module, **given: Any) -> Given:
 OVERLOOKED: list[Case] = [
     Case("a target that is the input", lambda _: _read(_reader(), shift=0), ("sequence",), quick=True),
     Case("a language model that sees what comes", lambda _: _read(_reader(is_causal=False)), ("sequence",), quick=True),
-    Case("view in place of transpose before the loss", lambda _: _read(_reader(), loss=_by_view), ("sequence",), quick=True),
+    Case("view in place of transpose in the loss", lambda _: _read(_reader(), loss=_by_view), ("sequence",), quick=True),
     Case("softmax where several classes are true",
          lambda _: fit(net(nn.Softmax(1)), train=_several(), valid=_several(2, 48), loss=nn.BCELoss()),
          ("probabilities twice",), quick=True),

@@ -83,7 +83,7 @@ def splits_apart(subject: Subject) -> Finding:
         return warning(said, f"about {by_chance:.0f}, as doubles come by chance", "torchkeep survey TRAIN VALID names "
                        "them; data.valid_fraction cuts the training split in two; data.split_by keeps groups together",
                        )  # fmt: skip
-    return passed(said)
+    return passed(said + (f", where about {by_chance:.0f} come by chance" if shared else ""))
 
 
 def _may_repeat(subject: Subject) -> bool:

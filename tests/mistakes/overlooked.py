@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from material import WORDS, Case, Given, Words, drawn, fit, net, points, recipe, written
+from material import WORDS, Case, Given, Own, Words, drawn, fit, net, points, recipe, written
 from torch import Tensor, nn
 
 import torchkeep as tk
@@ -42,9 +42,27 @@ def _by_view(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output.view(size, classes, time), target)
 
 
-def _several(seed: int = 1, count: int = 96) -> tk.Arrays:
+def _several(seed: int = 1, count: int = 96, scale: float = 1.0) -> tk.Arrays:
     x = drawn(seed, count, 8)
-    return tk.Arrays(x=x, target=(x @ drawn(0, 8, 3) > -1).float())
+    return tk.Arrays(x=x, target=(x @ drawn(0, 8, 3) > -1).float() * scale)
+
+
+def _scaled(seed: int, count: int) -> tk.Arrays:
+    x = drawn(seed, count, 8)
+    return tk.Arrays(x=x.sigmoid() / 255, label=(x @ drawn(0, 8, 3)).argmax(1))
+
+
+def _window(seed: int, count: int) -> tk.Arrays:
+    x = drawn(seed, count, 8).cumsum(1)
+    return tk.Arrays(x=x, target=x[:, -1:])
+
+
+def _without_minus(output: Tensor, label: Tensor) -> Tensor:
+    return output.log_softmax(1).gather(1, label[:, None]).mean()
+
+
+def _rate_as_factor(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1e-9 * 0.95**epoch)
 
 
 def _with_a_gap(seed: int = 1, count: int = 200) -> tk.Arrays:
@@ -105,7 +123,7 @@ def _read(model: nn.Module, **given: Any) -> Given:
 OVERLOOKED: list[Case] = [
     Case("a target that is the input", lambda _: _read(_reader(), shift=0), ("sequence",), quick=True),
     Case("a language model that sees what comes", lambda _: _read(_reader(is_causal=False)), ("sequence",), quick=True),
-    Case("view in place of transpose in the loss", lambda _: _read(_reader(), loss=_by_view), ("sequence",), quick=True),
+    Case("view for transpose in the loss", lambda _: _read(_reader(), loss=_by_view), ("sequence",), quick=True),
     Case("softmax where several classes are true",
          lambda _: fit(net(nn.Softmax(1)), train=_several(), valid=_several(2, 48), loss=nn.BCELoss()),
          ("probabilities twice",), quick=True),
@@ -119,5 +137,16 @@ OVERLOOKED: list[Case] = [
         ("learning rate",)),
     Case("a rate thirty times too high for a transformer", lambda _: _read(_reader(), learning_rate=0.1, epochs=20),
          ("learning rate",)),
+    Case("a scheduler's factor that is a rate", lambda _: fit(
+        net(), optimizer=lambda model: torch.optim.Adam(model.parameters(), 1e-3), schedule=_rate_as_factor),
+        ("learning rate",)),
+    Case("divided by 255 twice", lambda _: fit(net(), train=_scaled(1, 96), valid=_scaled(2, 48)), ("inputs",), True),
+    Case("a mask of 0 and 255", lambda _: fit(net(), train=_several(scale=255), valid=_several(2, 48, 255),
+         loss=nn.BCEWithLogitsLoss()), ("probabilities twice",), quick=True),
+    Case("a minus forgotten", lambda _: fit(net(), loss=_without_minus), ("direction",), quick=True),
+    Case("a forecast of what is in the window", lambda _: fit(net(out=1), train=_window(1, 96), valid=_window(2, 48)),
+         ("leak",)),
+    Case("a parameter times a number", lambda _: fit(Own(lambda own, x: own.net(x + own.shift), net=net(),
+         shift=nn.Parameter(drawn(3, 8)) * 0.02)), ("registered",), quick=True),
     Case("a column that is known only afterwards", _known_afterwards, ("leak",)),
 ]  # fmt: skip

@@ -993,3 +993,23 @@ def test_a_slip_is_said_in_the_one_form_before_anything_is_written(slip: dict[st
     with pytest.raises(tk.TorchkeepError):
         tk.fit(net(), **{"train": Labelled(), "run_dir": tmp_path / "run", **slip})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sparse_gradients_are_measured_too(fit: Fit) -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.EmbeddingBag(9, 2, sparse=True)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.as_tensor(self.words(tokens))
+
+    tokens = torch.randint(9, (24, 5), generator=torch.Generator().manual_seed(0))
+    data = tk.Arrays(tokens=tokens, label=tokens[:, 0] % 2)
+    quiet = {"views": [], "graph": False, "histograms": "off"}
+    run = fit(Bag(), data, optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1), epochs=20, batch_size=8,
+              monitor=quiet)  # fmt: skip
+    norms = [row["values"]["train/gradient_norm"] for row in tk.read_run(run.dir)
+             if "train/gradient_norm" in row.get("values", {})]  # fmt: skip
+    assert norms
+    assert all(math.isfinite(norm) and norm > 0 for norm in norms)

@@ -51,7 +51,7 @@ def test_each_check_is_a_line_of_json(desk: Desk) -> None:
     desk.write_images()
     rows = [json.loads(line) for line in desk.say("preflight", "images.toml", "--quick", "--json").out.splitlines()]
     assert {row["check"] for row in rows} >= {"first loss", "gradients", "optimiser", "disk"}
-    assert {row["check"] for row in rows if row["verdict"] != "passed"} == {"sequence"}
+    assert {row["check"] for row in rows if row["verdict"] != "passed"} == {"direction", "sequence"}
 
 
 def test_a_mistake_is_shown_with_what_to_do(desk: Desk) -> None:

@@ -35,6 +35,7 @@ _MOST_NAMES = 4
 _SHORT_S = 0.2
 _MOST_BATCHES = 64
 _SHORTEST = 4
+_SMALL = 0.02
 
 
 # --- the loss
@@ -87,6 +88,23 @@ def _kind_of_loss(subject: Subject) -> str | None:
     return name if name in kinds.values() else None
 
 
+def direction(subject: Subject) -> Finding:
+    """A loss of one's own falls where the output of the true class rises."""
+    target, output = subject.targets, prediction_of(subject.output) if subject.objective.name == "own" else None
+    if not isinstance(target, Tensor) or not isinstance(output, Tensor) or target.is_floating_point():
+        return skipped("it takes classes and a loss of your own")
+    fits = output.ndim == 2 and target.shape == output.shape[:1]
+    if not fits or not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]:
+        return skipped("it takes an output for each class")
+    truth = nn.functional.one_hot(target, output.shape[1])
+    with gradients.none_needed():
+        rises = [float(subject.objective(output + step * truth, target)) for step in (0.0, 0.1, 1.0)]
+    if rises[0] < rises[1] < rises[2]:
+        return warning(f"the loss goes from {format_number(rises[0])} to {format_number(rises[2])} where the output of "
+                       "the true class is 1 higher", "a loss that falls", "the other sign: -loss")  # fmt: skip
+    return passed("it falls where the output of the true class rises")
+
+
 def loss_attached(subject: Subject) -> Finding:
     """The loss must hang on the parameters: detached, nothing could learn."""
     names = [name for name, root in zip(subject.first_pass.losses, subject.first_pass.roots, strict=True)
@@ -109,6 +127,11 @@ def probabilities_twice(subject: Subject) -> Finding:
                 f"the loss takes the {takes} of what has been through {maker.lower()} already",
                 "logits as the last layer gives them", f"leave out the model's last {maker.lower()}",
             )  # fmt: skip
+        if name.startswith("BinaryCrossEntropy") and _is_outside(subject.targets):
+            return warning(
+                f"targets from {_reach(subject.targets)} in a loss of yes or no", "0 to 1",
+                "a mask of 255 is divided by 255; several classes want cross_entropy",
+            )  # fmt: skip
         if name == "BinaryCrossEntropy" and maker == "Softmax" and _has_several(subject.targets):
             return warning(
                 "several classes of a sample are true, and softmax lets them add up to 1", "each class by itself",
@@ -120,6 +143,16 @@ def probabilities_twice(subject: Subject) -> Finding:
                 "cross_entropy in its place, or log_softmax at the end of the model",
             )  # fmt: skip
     return passed("the loss gets what it takes")
+
+
+def _is_outside(target: Any) -> bool:
+    if not isinstance(target, Tensor) or not target.numel():
+        return False
+    return not 0 <= float(target.min()) <= float(target.max()) <= 1
+
+
+def _reach(target: Any) -> str:
+    return f"{format_number(float(target.min()))} to {format_number(float(target.max()))}"
 
 
 def _has_several(target: Any) -> bool:
@@ -225,11 +258,12 @@ def gradients_reach(subject: Subject) -> Finding:
     names, missing = [name for name, _ in subject.parameters], subject.first_pass.without_gradient
     if not names:
         return error("no parameter of the model learns", "at least one", "freeze less: requires_grad_(True)")
-    for batch in itertools.chain([subject.few], subject.batches(2)) if missing else ():
+    end = time.perf_counter() + 2 * _SHORT_S
+    for batch in itertools.chain([subject.few], subject.batches(_MOST_BATCHES)) if missing else ():
         # what is dropped by chance, or routed by the data, comes another time
         subject.backward(batch)
         missing = {name for name, p in subject.parameters if p.grad is None} & missing
-        if not missing or subject.is_late:
+        if not missing or time.perf_counter() > end:
             break
     gradients.clear(subject.model.parameters())
     broken = subject.first_pass.not_finite
@@ -280,6 +314,15 @@ def registered(subject: Subject) -> Finding:
         f"{name or 'model'}.{key}" for name, module in subject.model.named_modules()
         for key, value in vars(module).items() if not key.startswith("_") and _holds_modules(value, known)
     ]  # fmt: skip
+    made = [
+        f"{name or 'model'}.{key}" for name, module in subject.model.named_modules()
+        for key, value in vars(module).items() if isinstance(value, Tensor) and value.grad_fn is not None
+    ]  # fmt: skip
+    if made and strange:
+        return error(
+            f"{listed(made)} is made of a parameter once, when the model is built: no second step can go backward "
+            "through it", "a parameter of its own", "reckon first: nn.Parameter(0.02 * torch.randn(…))",
+        )  # fmt: skip
     if strange or hidden:
         where = f" in {listed(hidden)}" if hidden else f", the first of shape {tuple(strange[0].shape)}"
         count = max(1, len(strange))
@@ -352,10 +395,11 @@ def inputs(subject: Subject) -> Finding:
                        "look at one sample: dataset[0] and dataset[1]")  # fmt: skip
     large = [(key, float(t.abs().max()), float(t.std())) for key, t in floating if t.numel() > 1 and key not in broken]
     for key, size, spread in large:
-        if size > 30 and spread > 10 and _reaches_a_layer(subject, key):
+        is_off = (size > 30 and spread > 10) or (0 < size < _SMALL and subject.num_rows >= 4)
+        if is_off and _reaches_a_layer(subject, key):
             return warning(
                 f"{key}: up to {format_number(size)}, standard deviation {format_number(spread)}", "about -3 to 3",
-                "images as uint8 are normalised on the device; else (x - mean) / std",
+                "images as uint8 are normalised on the device; else (x - mean) / std, once",
             )  # fmt: skip
     said = ", ".join(f"{key} up to {format_number(size)}" for key, size, _ in large)
     return passed(said or "no floating inputs")
@@ -515,7 +559,7 @@ def _free_bytes(device: torch.device) -> int:
 
 QUICK: dict[str, Callable[[Subject], Finding]] = {
     "optimiser": in_optimizer, "labels": labels, "inputs": inputs, "first loss": first_loss,
-    "loss attached": loss_attached, "gradients": gradients_reach, "registered": registered,
+    "loss attached": loss_attached, "direction": direction, "gradients": gradients_reach, "registered": registered,
     "probabilities twice": probabilities_twice, "broadcast": broadcast, "sequence": sequence,
     "evaluation repeats": evaluation_repeats, "samples apart": samples_apart, "last batch": last_batch,
     "time and memory": time_and_memory,

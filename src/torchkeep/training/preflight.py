@@ -107,8 +107,9 @@ def _checked(subject: Subject, name: str, check: Callable[[Subject], Finding]) -
     except NotImplementedError:  # a container of models, which a step of the user's own calls one by one
         found = Finding("", "skipped", "the model has no forward of its own")
     except Exception as problem:  # whatever a model's code may raise: the training will say it in its own words
-        said = str(problem).strip().partition("\n")[0][:200]
-        found = Finding("", "skipped", f"it could not be looked at: {type(problem).__name__}: {said}")
+        said = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:200]}"
+        why = "a step of your own asks the model in its own way" if subject.work.step is not None else ""
+        found = Finding("", "skipped", why or f"it could not be looked at: {said}")
     return replace(found, check=name, seconds=time.perf_counter() - began)
 
 

@@ -153,7 +153,8 @@ class Subject:
         found: dict[str, Tensor] = {}
 
         def take(loss: Tensor, optimizer: Any = None) -> None:
-            found[str(optimizer) if isinstance(optimizer, str) else f"loss {len(found) + 1}"] = loss
+            name = optimizer if isinstance(optimizer, str) and optimizer not in found else f"loss {len(found) + 1}"
+            found[name] = loss
             if each is not None:
                 each(loss)
 
@@ -161,6 +162,8 @@ class Subject:
             if step is None:
                 take(self.objective(self.binding.whole(batch), self.binding.target(batch)), "loss")
                 return found
+            # a step may write to its batch, or ask for a gradient by it
+            batch = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in batch.items()}
             clock = self.prepared.clock
             context = Context(device, clock.step, clock.epoch, True, self.work.settings.seed, take)
             loss, _ = split_logged(step(self.model, batch, context))

@@ -403,10 +403,14 @@ def _rate_at(subject: Subject, step: int) -> float | None:
         optimizers.set_rates(step)
         rate = float(optimizers.main.param_groups[0]["lr"])
         return rate if math.isfinite(rate) else None  # no function of the step has given it
+    time = step if optimizers.steps_scheduler else step // subject.prepared.steps_per_epoch
+    factors = getattr(optimizers.scheduler, "lr_lambdas", None)
+    if factors:
+        return float(optimizers.scheduler.base_lrs[0] * factors[0](time))
     if not hasattr(optimizers.scheduler, "_get_closed_form_lr"):
         return None
     ahead = copy.copy(optimizers.scheduler)
-    ahead.last_epoch = step if optimizers.steps_scheduler else step // subject.prepared.steps_per_epoch
+    ahead.last_epoch = time
     return float(ahead._get_closed_form_lr()[0])
 
 
@@ -458,9 +462,12 @@ class _RangeTest:
         for scale in _SCALES_UP:
             gain = own[0] - min(filter(math.isfinite, self.losses(scale)))
             if gain > 0.1 * abs(own[0]):
+                built = self.subject.work.built
+                is_fresh = built is not None and built.report is None and gain > 0.3 * abs(own[0])
+                least = max(_NOTHING * gain, 0.02 * abs(own[0]) if is_fresh else 0.0)
                 rate, better = max(self.peaks), max(self.peaks) * scale
                 said = f"at the run's highest rate, {format_number(rate)}, the loss does not move"
-                return None if over_all > _NOTHING * gain else warning(
+                return None if over_all > least else warning(
                     f"{said}; at {better:.1g} it falls by {format_number(gain)} in {_RANGE_STEPS} updates",
                     "a rate at which something is learned", f"optimizer.learning_rate = {better:.0e}",
                 )  # fmt: skip
@@ -479,6 +486,10 @@ def _peaks(subject: Subject) -> list[float]:
     optimizers = subject.prepared.optimizers
     groups = optimizers.main.param_groups
     named = [max(float(group.get(key, 0)) for key in ("lr", "initial_lr", "max_lr")) for group in groups]
+    if getattr(optimizers.scheduler, "lr_lambdas", None):
+        points = np.linspace(0, optimizers.total_steps - 1, _POINTS).astype(int).tolist()
+        factor = max(_rate_at(subject, step) or 0.0 for step in points) / max(optimizers.scheduler.base_lrs[0], 1e-30)
+        named = [float(group.get("initial_lr", group["lr"])) * factor for group in groups]
     for group in groups:
         group["lr"] = math.nan  # stays where no function of the step gives the rate
     seen = []

@@ -32,7 +32,7 @@ from .subject import Finding, Subject, error, passed, skipped, warning
 _MOST, _AT_ONCE, _READ_S = 5_000, 250, 4.0
 _LEAST_SHARE, _LEAST_COPIES = 0.01, 3
 _UNLIKELY = 1e-3
-_FAR, _LEAST_ROWS = 5.0, 50  # deviations; rows
+_FAR, _LEAST_ROWS, _WINDOW = 5.0, 50, 4  # deviations; rows; places in time
 _MANY = 100  # samples of a class in the mean: then one that has a single sample is an accident
 _COMPARED, _SIDE = 256, 8
 _FADED = 0.05  # of the contrast that was there
@@ -84,6 +84,20 @@ def splits_apart(subject: Subject) -> Finding:
                        "them; data.valid_fraction cuts the training split in two; data.split_by keeps groups together",
                        )  # fmt: skip
     return passed(said + (f", where about {by_chance:.0f} come by chance" if shared else ""))
+
+
+def _copied_into(subject: Subject) -> str:
+    """An input whose last place in time is the target in every sample; empty for none."""
+    target = None if subject.work.step is not None else subject.binding.target(subject.batch)
+    if not isinstance(target, Tensor) or not target.is_floating_point() or target.numel() != subject.num_rows:
+        return ""
+    for key in subject.binding.keys:
+        given = subject.batch.get(key)
+        if isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 1 and given.shape[1] >= _WINDOW:
+            last = given[:, -1].reshape(len(given), -1)
+            if bool(((last == target.reshape(-1, 1)).all(0) & (last != last[:1]).any(0)).any()):
+                return key
+    return ""
 
 
 def _may_repeat(subject: Subject) -> bool:
@@ -185,7 +199,12 @@ def _alike(seen: dict[str, _Moments]) -> Finding:
 
 
 def leak(subject: Subject) -> Finding:
-    """No column of a table tells two classes apart all by itself: what does is mostly known only afterwards."""
+    """The end of a window is not the target, and no column of a table tells two classes apart all by itself."""
+    place = _copied_into(subject)
+    if place:
+        said = f"the last place of {place} is the target, in all {subject.num_rows} samples of the first batch"
+        fix = "look at the indices: a forecast begins behind its window"
+        return warning(said, "a target that the input does not hold", fix)
     table, train = whole(subject.work.train), subject.work.train
     labels = getattr(train, "labels", None)
     if not isinstance(table, Table) or labels is None or len(np.unique(labels)) != 2 or len(labels) < _LEAST_ROWS:

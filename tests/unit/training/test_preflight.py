@@ -127,7 +127,7 @@ def test_the_quick_checks_are_named_and_kept(tmp_path: Path, capsys: pytest.Capt
     names = [row["check"] for row in kept["findings"]]
     assert names == ["disk", *QUICK]
     assert all(name in said for name in names)
-    assert {row["check"] for row in kept["findings"] if row["verdict"] != "passed"} == {"sequence"}
+    assert {row["check"] for row in kept["findings"] if row["verdict"] != "passed"} == {"direction", "sequence"}
 
 
 def test_full_makes_all_checks() -> None:

@@ -171,7 +171,8 @@ def test_a_step_that_fails_is_followed_by_a_save_that_says_so(tmp_path: Path) ->
 
     def fit(folder: Path, **settings: Any) -> Any:
         model = torch.nn.Linear(4, 2)
-        return tk.fit(model, rows(), loss=failing, epochs=2, batch_size=4, run_dir=folder, quiet=True, **settings)
+        return tk.fit(model, rows(), loss=failing, epochs=2, batch_size=4, run_dir=folder, preflight="off",
+                      quiet=True, **settings)  # fmt: skip
 
     with pytest.raises(torch.OutOfMemoryError) as caught:
         fit(tmp_path / "saved")

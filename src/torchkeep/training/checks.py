@@ -90,7 +90,7 @@ def _kind_of_loss(subject: Subject) -> str | None:
 
 def direction(subject: Subject) -> Finding:
     """A loss of one's own falls where the output of the true class rises."""
-    target, output = subject.targets, prediction_of(subject.output) if subject.objective.name == "own" else None
+    target, output = subject.targets, subject.output if subject.objective.name == "own" else None
     if not isinstance(target, Tensor) or not isinstance(output, Tensor) or target.is_floating_point():
         return skipped("it takes classes and a loss of your own")
     fits = output.ndim == 2 and target.shape == output.shape[:1]
@@ -190,7 +190,7 @@ def _sees_ahead(subject: Subject, key: str, output: Tensor) -> bool:
 
 def _places_apart(subject: Subject, output: Tensor, target: Tensor) -> Finding:
     """Places in another order, outputs and targets together, have the same loss: else they do not meet."""
-    if subject.objective.name != "own":
+    if subject.objective.name != "own" or not isinstance(subject.output, Tensor):
         return passed("each place has its own target")
     axis = 1 if classes_are_last(output, target) else 2
     own, other = (float(subject.objective(o, t)) for o, t in ((output, target), (output.flip(axis), target.flip(1))))

@@ -31,7 +31,8 @@ _MOST_ROWS = 16
 _PASSES = 12  # forwards that the quick checks take at most, a backward counted as two
 _TRIAL_S = 10.0
 _WITHOUT_FORWARD = {"optimiser", "labels", "inputs", "disk"}
-_FORWARDS = dict.fromkeys(_WITHOUT_FORWARD, 0) | {"evaluation repeats": 2, "samples apart": 3}
+_FORWARDS = dict.fromkeys(_WITHOUT_FORWARD, 0)
+_FORWARDS |= {"direction": 1, "sequence": 2, "evaluation repeats": 2, "samples apart": 3}
 _FIRST_PASS = 3  # forward and backward, which the other checks look at
 _BYTES_PER_S = 1e9  # at which memory for gradients comes from the system
 

@@ -34,11 +34,11 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
 
 def norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The joint 2-norm of all gradients, on the device."""
-    found: Tensor = nn.utils.get_total_norm([_held(p.grad) for p in parameters if p.grad is not None])
+    found: Tensor = nn.utils.get_total_norm([numbers_of(p.grad) for p in parameters if p.grad is not None])
     return found
 
 
-def _held(gradient: Tensor) -> Tensor:
+def numbers_of(gradient: Tensor) -> Tensor:
     """The numbers of a gradient, also of a sparse one, as of nn.Embedding(sparse=True)."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 

@@ -137,7 +137,7 @@ def dissect(
 
 
 def _run(work: Followed, backward: Backward) -> None:
-    backward(work._loss_of(call(work.model, work.batch)))
+    backward(work.loss_of(call(work.model, work.batch)))
 
 
 class _Pass:

@@ -47,7 +47,7 @@ class Followed:
         for name, module in self.model.named_modules():
             module.register_forward_pre_hook(partial(self._enter, name or MODEL), prepend=True)
             module.register_forward_hook(self._leave, always_call=True)
-        total = self._loss_of(call(self.model, self.batch))
+        total = self.loss_of(call(self.model, self.batch))
         self._is_forward = False
         if not isinstance(total, Tensor) or not total.requires_grad:
             got = "a loss without a graph" if isinstance(total, Tensor) else f"a loss of type {type(total).__name__}"
@@ -58,7 +58,8 @@ class Followed:
             )  # fmt: skip
         return total.sum() if total.dim() else total
 
-    def _loss_of(self, output: Any) -> Any:
+    def loss_of(self, output: Any) -> Any:
+        """What goes backward of an output: as given, its own ``.loss``, or the sum of its parts' means."""
         if self.loss is not None:
             return self.loss(output) if self.targets is None else self.loss(output, self.targets)
         own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -144,7 +145,7 @@ def is_ruined(tensor: Tensor) -> bool:
 
 
 def is_finite(gradient: Tensor) -> bool:
-    return not is_ruined(gradient.coalesce().values() if gradient.is_sparse else gradient)
+    return not is_ruined(gradients.numbers_of(gradient))
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 from .. import gradients
 from ..data.reading import tensors_in
+from ..data.survey import listed
 from ..generators import keyed_generators
+from ..model.flow import tensors
+from ..model.followed import end_of, name_of, walk
 from ..model.freeze import evaluating
 from ..watch.console import format_number, format_seconds
 from .objective import classes_are_last, prediction_of
@@ -31,7 +34,6 @@ _RESHAPES = ("View", "UnsafeView", "Unsqueeze", "Squeeze", "Transpose", "T", "Pe
 _ERRORS_OF = ("Sub", "Rsub", "MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss")
 _TAKES = {"LogSoftmax": "softmax", "BinaryCrossEntropyWithLogits": "sigmoid"}
 _LINEAR = ("Addmm", "Mm", "Convolution", "Relu", "Softmax")
-_MOST_NAMES = 4
 _SHORT_S = 0.2
 _MOST_BATCHES = 64
 _SHORTEST = 4
@@ -219,19 +221,12 @@ def broadcast(subject: Subject) -> Finding:
 
 
 def _nodes_of(roots: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node of the graphs, each once."""
-    left: list[Any] = [root.grad_fn for root in roots]
-    seen = set()
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            left += [child for child, _ in node.next_functions]
+    """Every node of the graphs."""
+    return (node for root in roots for node, _ in walk(root))
 
 
 def _name(node: Any) -> str:
-    return "" if node is None else node.name().rpartition("::")[2].partition("Backward")[0]
+    return "" if node is None else name_of(node).partition("Backward")[0]
 
 
 def _below(node: Any) -> Any:
@@ -268,13 +263,13 @@ def gradients_reach(subject: Subject) -> Finding:
     gradients.clear(subject.model.parameters())
     broken = subject.first_pass.not_finite
     if broken:
-        return error(f"that of {listed(name for name in names if name in broken)} is not finite", "finite numbers",
+        return error(f"that of {listed([name for name in names if name in broken])} is not finite", "finite numbers",
                      "tk.trace_backward(model, batch) names the operation: a root or a norm at 0, a division by 0",
                      )  # fmt: skip
     if not missing:
         return passed(f"{len(names):,} of {len(names):,} learning parameters get one")
     said = f"{len(missing):,} of {len(names):,} learning parameters get none: "
-    said += listed(name for name in names if name in missing)
+    said += listed([name for name in names if name in missing])
     fix = "use them in the forward, look for .detach() or torch.no_grad before the loss, or freeze.modules names them"
     return (error if len(missing) == len(names) else warning)(said, "one for each", fix)
 
@@ -304,7 +299,7 @@ def registered(subject: Subject) -> Finding:
     owners = (subject.model, *subject.prepared.objects.values())
     known = {id(p) for owner in owners if isinstance(owner, nn.Module) for p in owner.parameters()}
     moved = {id(p) for p in subject.prepared.optimizers.parameters}
-    leaves = [getattr(node, "variable", None) for node in _nodes_of(subject.first_pass.roots)]
+    leaves = [end_of(node) for node in _nodes_of(subject.first_pass.roots)]
     kept = {id(value) for module in subject.model.modules() for value in vars(module).values()}
     strange = [
         leaf for leaf in leaves if leaf is not None and leaf.requires_grad and id(leaf) not in known | moved
@@ -336,11 +331,6 @@ def _holds_modules(value: Any, known: set[int]) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     modules = [part for part in inner if isinstance(part, nn.Module)]
     return any(p.requires_grad and id(p) not in known for module in modules for p in module.parameters())
-
-
-def listed(names: Iterable[str]) -> str:
-    found = list(names)
-    return ", ".join(found[:_MOST_NAMES]) + (f" and {len(found) - _MOST_NAMES:,} more" * (len(found) > _MOST_NAMES))
 
 
 # --- the samples
@@ -486,10 +476,7 @@ def samples_apart(subject: Subject) -> Finding:
 
 
 def floating(output: Any) -> list[Tensor]:
-    parts = (
-        vars(output) if not isinstance(output, Tensor | dict | list | tuple) and hasattr(output, "__dict__") else output
-    )
-    return [t.detach() for t in tensors_in(parts) if t.is_floating_point() and t.numel()]
+    return [t.detach() for t in tensors(output) if t.is_floating_point() and t.numel()]
 
 
 def distance(one: Tensor, other: Tensor) -> float:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..contracts import Batch, Field, Json, Schema
-from ..data.reading import tensors_in
 from ..errors import CheckpointError, ModelError, TorchkeepError
+from ..model.flow import tensors
 from .binding import batch_text
 
 _FLOATING = ("audio", "number", "vector")
@@ -25,14 +25,13 @@ def contract_json(schema: Schema, inputs: list[str], batch: Batch, output: Any) 
     An axis of any length, as the batch's, is None.
     """
     size = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 0)
-    parts = output if isinstance(output, Tensor | dict | list | tuple) else getattr(output, "__dict__", {})
     return {
         "schema": schema.to_json(),
         "inputs": {name: _dtype(batch[name]) for name in inputs if isinstance(batch.get(name), Tensor)},
         "outputs": [
             {"dtype": _dtype(tensor), "shape": [None if not axis and length == size else length
                                                 for axis, length in enumerate(tensor.shape)]}
-            for tensor in tensors_in(parts)
+            for tensor in tensors(output)
         ],
     }  # fmt: skip
 

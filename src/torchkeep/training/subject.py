@@ -19,6 +19,7 @@ from .. import gradients
 from ..contracts import INDEX, Batch, Field
 from ..data.reading import foreign_of
 from ..data.streams import Stream
+from ..model.followed import is_finite
 from ..model.freeze import evaluating
 from .device import autocast
 from .objective import prediction_of
@@ -209,7 +210,7 @@ class Subject:
         seen.seconds, seen.activation_bytes = time.perf_counter() - began, sum(held.values())
         seen.without_gradient = {name for name, p in self.parameters if p.grad is None}
         found = {name: p.grad for name, p in self.parameters if p.grad is not None}
-        seen.not_finite = {name for name, grad in found.items() if not bool(grad.to_dense().isfinite().all())}
+        seen.not_finite = {name for name, gradient in found.items() if not is_finite(gradient)}
         gradients.clear(self.model.parameters())
         return seen
 

@@ -25,6 +25,7 @@ from ..data.samples import digest_of
 from ..errors import CheckpointError
 from ..generators import keyed_generators
 from ..model.build import build_model
+from ..model.flow import tensors
 from ..model.freeze import begin_training, evaluating
 from ..model.hub import is_hub_name
 from ..model.untouched import untouched
@@ -102,7 +103,7 @@ def _answer(subject: Subject, batch: Batch, binding: Binding | None = None) -> l
     binding = binding or subject.binding
     with evaluating(binding.model), torch.no_grad(), autocast(subject.prepared.precision, subject.prepared.device):
         output = binding.whole(batch)
-    return list(tensors_in(output if isinstance(output, Tensor | dict | list | tuple) else vars(output)))
+    return tensors(output)
 
 
 # --- what is learned

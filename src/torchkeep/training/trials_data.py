@@ -86,20 +86,6 @@ def splits_apart(subject: Subject) -> Finding:
     return passed(said + (f", where about {by_chance:.0f} come by chance" if shared else ""))
 
 
-def _copied_into(subject: Subject) -> str:
-    """An input whose last place in time is the target in every sample; empty for none."""
-    target = None if subject.work.step is not None else subject.binding.target(subject.batch)
-    if not isinstance(target, Tensor) or not target.is_floating_point() or target.numel() != subject.num_rows:
-        return ""
-    for key in subject.binding.keys:
-        given = subject.batch.get(key)
-        if isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 1 and given.shape[1] >= _WINDOW:
-            last = given[:, -1].reshape(len(given), -1)
-            if bool(((last == target.reshape(-1, 1)).all(0) & (last != last[:1]).any(0)).any()):
-                return key
-    return ""
-
-
 def _may_repeat(subject: Subject) -> bool:
     """Whether two samples may be equal by chance: rows of a table, texts, a few numbers; not pictures or sounds."""
     keys = subject.binding.keys
@@ -223,6 +209,20 @@ def leak(subject: Subject) -> Finding:
             fix = f'data.drop = ["{name}"], if it follows from the target'
             return warning(said, "columns that are known before the answer is", fix)
     return passed("no column tells the classes by itself")
+
+
+def _copied_into(subject: Subject) -> str:
+    """An input whose last place in time is the target in every sample; empty for none."""
+    target = None if subject.work.step is not None else subject.binding.target(subject.batch)
+    if not isinstance(target, Tensor) or not target.is_floating_point() or target.numel() != subject.num_rows:
+        return ""
+    for key in subject.binding.keys:
+        given = subject.batch.get(key)
+        if isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 1 and given.shape[1] >= _WINDOW:
+            last = given[:, -1].reshape(len(given), -1)
+            if bool(((last == target.reshape(-1, 1)).all(0) & (last != last[:1]).any(0)).any()):
+                return key
+    return ""
 
 
 # --- classes
